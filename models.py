@@ -1,0 +1,470 @@
+"""The five models: GPT2, GPT2Simple, Llama, LlamaSimple, LlamaSimpleMLP.
+
+All are pre-norm decoders with the unembedding tied to the embedding; they differ in norms, positions, MLP and in
+what their modules are called. Parameter names, initial weights and outputs are those of SPD's classes of the same
+names (goodfire-ai/spd, spd/pretrain/models), so weights move between the two with strict=True.
+
+    model = LlamaSimpleMLP(LlamaSimpleMLPConfig(n_layer=2, n_head=4, n_embd=128, n_key_value_heads=2))
+    logits, loss = model(idx, targets)  # (B, T) int64 each -> (B, T, V), mean cross-entropy in nats
+"""
+
+import math
+import warnings
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+# -----------------------------------------------------------------------------
+# configs: SPD's fields, in SPD's order, with SPD's defaults
+
+
+@dataclass
+class GPT2Config:
+    """Shape of a GPT2. Raises ValueError for a shape that cannot be built."""
+
+    model_type: str = "GPT2"
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    flash_attention: bool = True  # F.scaled_dot_product_attention; false: an explicit softmax, which can be hooked
+
+    def __post_init__(self):
+        check_shape(self)
+
+
+@dataclass
+class GPT2SimpleConfig(GPT2Config):
+    """Shape of a GPT2Simple: GPT2's fields."""
+
+    model_type: str = "GPT2Simple"
+
+
+@dataclass
+class LlamaConfig:
+    """Shape of a Llama. Raises ValueError for a shape that cannot be built."""
+
+    model_type: str = "Llama"
+    block_size: int = 1024  # longest sequence, in tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_intermediate: int = 2048  # SwiGLU has a third matrix, so 2/3 of 4*n_embd costs as much as GPT-2's MLP
+    mlp_bias: bool = False
+    attn_bias: bool = False
+    rotary_adjacent_pairs: bool = False  # RoPE pairs (2i, 2i+1) instead of (i, i + head size / 2)
+    rotary_dim: int = 64  # without effect, as in SPD: RoPE turns the whole head
+    rotary_base: int = 10000
+    n_ctx: int = 1024  # positions in the RoPE tables: equal to block_size
+    n_key_value_heads: int = 3
+    use_grouped_query_attention: bool = True  # false: one merged c_attn, and as many key/value heads as query heads
+    flash_attention: bool = True  # F.scaled_dot_product_attention; false: an explicit softmax, which can be hooked
+    rms_norm_eps: float = 1e-6
+
+    def __post_init__(self):
+        check_shape(self)
+
+
+@dataclass
+class LlamaSimpleConfig(LlamaConfig):
+    """Shape of a LlamaSimple: Llama's fields."""
+
+    model_type: str = "LlamaSimple"
+
+
+@dataclass
+class LlamaSimpleMLPConfig(LlamaConfig):
+    """Shape of a LlamaSimpleMLP: Llama's fields, with a wider MLP, since a GELU MLP has two matrices, not three."""
+
+    model_type: str = "LlamaSimpleMLP"
+    n_intermediate: int = 3072
+
+
+def check_shape(c) -> None:
+    """Raise ValueError, naming the fields, if no model can have the shape `c`."""
+    expected = type(c).__name__.removesuffix("Config")
+    if c.model_type != expected:
+        raise ValueError(f"model_type is {c.model_type!r}, but these are the fields of a {expected}")
+    for f in fields(c):
+        value = getattr(c, f.name)
+        if f.type is int and (type(value) is not int or value < 1):
+            raise ValueError(f"{f.name} must be a positive whole number, not {value!r}")
+    if c.n_embd % c.n_head:
+        raise ValueError(f"n_embd ({c.n_embd}) must be divisible by n_head ({c.n_head})")
+    if isinstance(c, LlamaConfig):
+        head_size = c.n_embd // c.n_head
+        if head_size % 2:
+            raise ValueError(f"n_embd / n_head ({head_size}) must be even: RoPE turns pairs of dimensions")
+        if c.use_grouped_query_attention and c.n_head % c.n_key_value_heads:
+            raise ValueError(f"n_head ({c.n_head}) must be divisible by n_key_value_heads ({c.n_key_value_heads})")
+        if c.n_ctx != c.block_size:
+            raise ValueError(f"n_ctx ({c.n_ctx}) must equal block_size ({c.block_size})")
+        if not c.rms_norm_eps > 0:
+            raise ValueError(f"rms_norm_eps must be above 0, not {c.rms_norm_eps!r}")
+        if c.rotary_dim != head_size:
+            warnings.warn(
+                f"rotary_dim {c.rotary_dim} has no effect: RoPE turns whole heads of {head_size} dimensions",
+                stacklevel=4,
+            )
+
+
+# -----------------------------------------------------------------------------
+# parts, each written once
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x):
+        h = x.float()  # x² overflows in float16 and loses digits in bfloat16
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+def rotary_tables(head_size: int, n_ctx: int, base: int):
+    """cos, sin, each (n_ctx, head_size / 2) float32, of the angles t / base^(2i / head_size)."""
+    freq = base ** (torch.arange(head_size // 2, dtype=torch.float32) / (head_size / 2))
+    angles = torch.arange(n_ctx, dtype=torch.float32)[:, None] / freq
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin, adjacent_pairs: bool):
+    """Turn each pair of dimensions of x (B, nh, T, hs) by its position's angle; cos, sin (T, hs / 2)."""
+    x1, x2 = (x[..., ::2], x[..., 1::2]) if adjacent_pairs else x.chunk(2, dim=-1)
+    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+    return torch.stack((y1, y2), dim=-1).flatten(-2) if adjacent_pairs else torch.cat((y1, y2), dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    """Causal attention with four spellings of its projections.
+
+    `merged` says which of q, k, v share one nn.Linear: "qkv" (c_attn), "kv" (q_attn, kv_attn) or "" (q_proj, k_proj,
+    v_proj). `out` is the output projection's name.
+    """
+
+    def __init__(self, config, merged: str, out: str):
+        super().__init__()
+        C, llama = config.n_embd, isinstance(config, LlamaConfig)
+        bias = config.attn_bias if llama else True
+        self.n_head = config.n_head
+        self.n_key_value_heads = config.n_key_value_heads if llama and merged != "qkv" else config.n_head
+        self.head_size = C // config.n_head
+        self.kv_size = self.n_key_value_heads * self.head_size
+        self.merged, self.out, self.flash_attention = merged, out, config.flash_attention
+        if merged == "qkv":
+            self.c_attn = nn.Linear(C, 3 * C, bias=bias)
+        elif merged == "kv":
+            self.q_attn = nn.Linear(C, C, bias=bias)
+            self.kv_attn = nn.Linear(C, 2 * self.kv_size, bias=bias)
+        else:
+            self.q_proj = nn.Linear(C, C, bias=bias)
+            self.k_proj = nn.Linear(C, self.kv_size, bias=bias)
+            self.v_proj = nn.Linear(C, self.kv_size, bias=bias)
+        self.add_module(out, nn.Linear(C, C, bias=bias))
+        getattr(self, out).writes_residual = True
+        self.softmax = nn.Softmax(dim=-1)  # a module, so that a forward hook sees the pattern and may replace it
+        self.rotary = llama
+        if llama:
+            self.adjacent_pairs = config.rotary_adjacent_pairs
+            cos, sin = rotary_tables(self.head_size, config.n_ctx, config.rotary_base)
+            self.register_buffer("rotary_cos", cos, persistent=False)
+            self.register_buffer("rotary_sin", sin, persistent=False)
+
+    def qkv(self, x):
+        """x (B, T, C) -> q (B, T, C), k and v (B, T, kv_size)."""
+        if self.merged == "qkv":
+            return self.c_attn(x).chunk(3, dim=-1)
+        if self.merged == "kv":
+            return self.q_attn(x), *self.kv_attn(x).chunk(2, dim=-1)
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = (z.view(B, T, -1, self.head_size).transpose(1, 2) for z in self.qkv(x))  # (B, nh or nkv, T, hs)
+        if self.rotary:
+            cos, sin = self.rotary_cos[:T].to(q.dtype), self.rotary_sin[:T].to(q.dtype)
+            q, k = rotate(q, cos, sin, self.adjacent_pairs), rotate(k, cos, sin, self.adjacent_pairs)
+        if self.n_key_value_heads != self.n_head:
+            k = k.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)  # (B, nh, T, hs)
+            v = v.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)
+        if self.flash_attention:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            att = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # (B, nh, T, T)
+            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+            y = self.softmax(att.masked_fill(future, float("-inf"))) @ v  # (B, nh, T, hs)
+        return getattr(self, self.out)(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    """out(gelu(c_fc(x))); `out` is the second projection's name."""
+
+    def __init__(self, n_embd: int, n_intermediate: int, bias: bool, out: str):
+        super().__init__()
+        self.out = out
+        self.c_fc = nn.Linear(n_embd, n_intermediate, bias=bias)
+        self.gelu = nn.GELU(approximate="tanh")
+        self.add_module(out, nn.Linear(n_intermediate, n_embd, bias=bias))
+        getattr(self, out).writes_residual = True
+
+    def forward(self, x):
+        return getattr(self, self.out)(self.gelu(self.c_fc(x)))
+
+
+class SwiGLU(nn.Module):
+    """down_proj(silu(gate_proj(x)) * up_proj(x)); SPD gives its output projection the initial scale of any other."""
+
+    def __init__(self, n_embd: int, n_intermediate: int, bias: bool):
+        super().__init__()
+        self.gate_proj = nn.Linear(n_embd, n_intermediate, bias=bias)
+        self.up_proj = nn.Linear(n_embd, n_intermediate, bias=bias)
+        self.down_proj = nn.Linear(n_intermediate, n_embd, bias=bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config: GPT2Config, merged: str, attn_out: str, mlp_out: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, merged, attn_out)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config.n_embd, 4 * config.n_embd, True, mlp_out)
+
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: LlamaConfig, merged: str, attn_out: str, gelu_mlp: bool):
+        super().__init__()
+        sizes = config.n_embd, config.n_intermediate, config.mlp_bias
+        self.rms_1 = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.attn = CausalSelfAttention(config, merged if config.use_grouped_query_attention else "qkv", attn_out)
+        self.rms_2 = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.mlp = MLP(*sizes, "down_proj") if gelu_mlp else SwiGLU(*sizes)
+
+    def forward(self, x):
+        x = x + self.attn(self.rms_1(x))
+        return x + self.mlp(self.rms_2(x))
+
+
+# -----------------------------------------------------------------------------
+# what all five share
+
+
+class LanguageModel(nn.Module):
+    """A child registers wte, h and ln_f in the order in which their weights are drawn, then calls `finish`."""
+
+    config_class: type
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+
+    def finish(self, init_seed: int) -> None:
+        """Add lm_head, tied to wte, and draw all weights: N(0, 0.02), less where a block writes to the residual."""
+        self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        if self.lm_head.weight.is_meta:
+            return
+        rng = torch.Generator().manual_seed(init_seed)
+        for module in self.modules():
+            if module is self.lm_head or not isinstance(module, (nn.Linear, nn.Embedding)):
+                continue
+            residual = getattr(module, "writes_residual", False)
+            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+            nn.init.normal_(module.weight, mean=0.0, std=std, generator=rng)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+
+    def hidden(self, idx):
+        """idx (B, T) int64 -> what the unembedding reads, (B, T, C)."""
+        x = self.wte(idx)
+        if isinstance(self.config, GPT2Config):
+            x = x + self.wpe(torch.arange(idx.shape[-1], device=idx.device))
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+    def forward(self, idx, targets=None, return_logits: bool = True):
+        """idx (B, T) int64, targets (B, T) int64 or None -> logits (B, T, V) or None, loss or None.
+
+        The loss is the mean cross-entropy in nats over the targets that are not -1. Raises ValueError for a sequence
+        over block_size and, on the CPU, for a token id outside the vocabulary (a GPU would have to wait for the check).
+        """
+        T, V = idx.shape[-1], self.config.vocab_size
+        if T > self.config.block_size:
+            raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
+        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.check_ids(idx)
+        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.float().reshape(-1, V), targets.reshape(-1), ignore_index=-1)
+        return (logits if return_logits else None), loss
+
+    def check_ids(self, idx) -> None:
+        """Raise ValueError if idx (any shape, int64) holds a token id outside the vocabulary."""
+        bad = idx[(idx < 0) | (idx >= self.config.vocab_size)]
+        if bad.numel():
+            raise ValueError(f"token id {bad[0].item()} is outside the vocabulary of {self.config.vocab_size}")
+
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k=None, eos_token_id=None):
+        """idx (T,) or (B, T) int64 -> the same with up to max_new_tokens more.
+
+        Temperature 0 is greedy; top_k keeps the k likeliest. After eos_token_id a row holds only that id, and when
+        all rows have met it, generation ends. Sampling draws from torch's global generator.
+        """
+        if temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(f"temperature ({temperature}) must be at least 0 and top_k ({top_k}) at least 1")
+        one_dim = idx.dim() == 1
+        idx = idx[None] if one_dim else idx
+        self.check_ids(idx)
+        done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])
+            logits = logits[:, -1].float()  # (B, V)
+            if top_k is not None:
+                kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+                logits = logits.masked_fill(logits < kth, float("-inf"))
+            if temperature == 0:
+                new = logits.argmax(-1, keepdim=True)  # (B, 1)
+            else:
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
+            if eos_token_id is not None:
+                new = new.masked_fill(done, eos_token_id)
+                done |= new == eos_token_id
+            idx = torch.cat((idx, new), dim=1)
+            if done.all():
+                break
+        return idx[0] if one_dim else idx
+
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage=0):
+        """AdamW that decays tensors of two dimensions and more.
+
+        zero_stage 1 shards its state over the ranks of the process group, where there is one. Raises ValueError for
+        stages 2 and 3.
+        """
+        if zero_stage not in (0, 1):
+            raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
+        params = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # by type: SPD compares the whole device string with "cuda", so its ranks, on "cuda:0", lose the fused kernel
+        fused = torch.device(device_type).type in ("cuda", "cpu", "mps")
+        if zero_stage == 1 and torch.distributed.is_initialized():
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return ZeroRedundancyOptimizer(
+                groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, betas=betas, fused=fused
+            )
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    @classmethod
+    def from_run_info(cls, run_info):
+        """The trained model of a run_info.PretrainRunInfo, on the CPU, its weights loaded with strict=True."""
+        model = cls(cls.config_class(**run_info.model_config_dict))
+        state = torch.load(run_info.checkpoint_path, map_location="cpu", weights_only=True)
+        # older checkpoints carry the wrappers' prefixes and buffers that are computed here
+        state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in state.items()}
+        buffers = (".attn.bias", ".rotary_sin", ".rotary_cos")
+        own = model.state_dict()
+        model.load_state_dict({k: v for k, v in state.items() if k in own or not k.endswith(buffers)})
+        return model
+
+    @classmethod
+    def from_pretrained(cls, path):
+        """The trained model at `path`: a run folder or a checkpoint file, as run_info.PretrainRunInfo finds it."""
+        from run_info import PretrainRunInfo
+
+        return cls.from_run_info(PretrainRunInfo.from_path(path))
+
+
+# -----------------------------------------------------------------------------
+# the five models
+
+
+class GPT2(LanguageModel):
+    """GPT-2: learned positions, LayerNorm, a GELU MLP, one merged q, k, v projection; biases everywhere."""
+
+    config_class = GPT2Config
+    h = property(lambda self: self.h_torch)
+
+    def __init__(self, config: GPT2Config, init_seed: int = 42):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h_torch = nn.ModuleList(GPT2Block(config, "qkv", "c_proj", "c_proj") for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.finish(init_seed)
+
+
+class GPT2Simple(LanguageModel):
+    """GPT-2 with q, k, v as separate projections."""
+
+    config_class = GPT2SimpleConfig
+
+    def __init__(self, config: GPT2SimpleConfig, init_seed: int = 42):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(GPT2Block(config, "", "o_proj", "down_proj") for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        self.finish(init_seed)
+
+
+class Llama(LanguageModel):
+    """Llama: RoPE, RMSNorm, SwiGLU, grouped key/value heads in one merged projection."""
+
+    config_class = LlamaConfig
+    wte = property(lambda self: self.transformer["wte"])
+    h = property(lambda self: self.transformer["h"])
+    ln_f = property(lambda self: self.transformer["rms_f"])
+
+    def __init__(self, config: LlamaConfig, init_seed: int = 42):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": nn.ModuleList(LlamaBlock(config, "kv", "c_proj", False) for _ in range(config.n_layer)),
+                "rms_f": RMSNorm(config.n_embd, config.rms_norm_eps),
+            }
+        )
+        self.finish(init_seed)
+
+
+class LlamaSimple(LanguageModel):
+    """Llama with q, k, v as separate projections."""
+
+    config_class = LlamaSimpleConfig
+    gelu_mlp = False
+
+    def __init__(self, config: LlamaSimpleConfig, init_seed: int = 42):
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(LlamaBlock(config, "", "o_proj", self.gelu_mlp) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.finish(init_seed)
+
+
+class LlamaSimpleMLP(LlamaSimple):
+    """LlamaSimple with GPT-2's GELU MLP: the model that SPD takes apart most."""
+
+    config_class = LlamaSimpleMLPConfig
+    gelu_mlp = True
+
+
+MODEL_CLASSES: dict[str, type] = {c.__name__: c for c in (GPT2, GPT2Simple, Llama, LlamaSimple, LlamaSimpleMLP)}

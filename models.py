@@ -271,6 +271,11 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
 
+    def __setattr__(self, name, value):
+        if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a second, unused child
+            raise AttributeError(f"{type(self).__name__}.{name} is another name of a registered module: assign to that")
+        super().__setattr__(name, value)
+
     def finish(self, init_seed: int) -> None:
         """Add lm_head, tied to wte, and draw all weights: N(0, 0.02), less where a block writes to the residual."""
         self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
@@ -305,9 +310,11 @@ class LanguageModel(nn.Module):
         T, V = idx.shape[-1], self.config.vocab_size
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
-        if idx.device.type == "cpu" and not torch.compiler.is_compiling():
+        try:
+            logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+        except IndexError:
             self.check_ids(idx)
-        logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+            raise
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.float().reshape(-1, V), targets.reshape(-1), ignore_index=-1)
@@ -330,6 +337,8 @@ class LanguageModel(nn.Module):
             raise ValueError(f"temperature ({temperature}) must be at least 0 and top_k ({top_k}) at least 1")
         one_dim = idx.dim() == 1
         idx = idx[None] if one_dim else idx
+        if idx.numel() == 0:
+            raise ValueError("an empty prompt: begin with a token, such as the tokenizer's EOS")
         self.check_ids(idx)
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):

@@ -1,0 +1,1040 @@
+"""Text or tokens in, shards out: python prepare_data.py configs/quickstart.yaml [key=value ...]
+
+Reads train_dataset_config and val_dataset_config of a run's YAML and writes, into their `path`,
+    {train,val}_000000.bin ...  256 little-endian int32 (magic, version, token count, zeros), then uint16 tokens
+    tokenizer.json              the tokenizer in Hugging Face's format, whatever encoded the text
+    dataset.json                where the tokens come from, and each shard's tokens, documents and sha256
+Documents are encoded one by one, no special token is read out of text, and EOS follows each. The bytes depend on the
+source and the config alone. This file owns the shard: its header, its writer, its reader and the order of windows.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import fcntl
+import functools
+import glob
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import sysconfig
+import time
+import types
+import typing
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+# -----------------------------------------------------------------------------
+# configs: a YAML, overrides from the command line, checks
+
+
+class UserError(Exception):
+    """Something the user can mend. The message says what was found, what was wanted, what to do."""
+
+
+class BadRow(UserError):
+    """A row of the source cannot be encoded: what was made of the source so far is of no use."""
+
+
+def key(help: str, default=dataclasses.MISSING, low=-math.inf, high=math.inf, above=-math.inf):
+    """A config key with its explanation and, for numbers, bounds: low <= value <= high and value > above."""
+    metadata = {"help": help, "low": low, "high": high, "above": above}
+    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
+
+
+@dataclasses.dataclass
+class DatasetConfig:
+    """One split of text: the keys of train_dataset_config and val_dataset_config."""
+
+    name: str = key("dataset: a hub id, a local file, folder or glob, or python-stdlib")
+    split: str = key("which rows: train, validation ..., or a slice such as train[:95%], train[-100:]", "train")
+    column_name: str = key("column that holds the text, or the token ids", "text")
+    is_tokenized: bool = key("rows are token ids already: kept whole, no EOS added", False)
+    hf_tokenizer_path: str | None = key("gpt2, a hub id, or a tokenizer.json", None)
+    train_tokenizer_vocab_size: int | None = key("instead: train a byte-level BPE of this size", None, low=257)
+    streaming: bool = key("accepted, as in SPD's files: preparation always streams", False)
+    seed: int | None = key("train: added to the top-level seed; val: rotates which windows are used", None, low=0)
+    n_ctx: int = key("tokens in a window: the model's n_ctx + 1", low=2)
+    shuffle_each_epoch: bool = key("another order each epoch; false repeats the first", True)
+    path: str | None = key("folder of the shards (default: data/<name>-<tokenizer>)", None)
+    revision: str | None = key("the hub dataset's branch, tag or commit", None)
+
+    def folder(self) -> Path:
+        """Where the shards are."""
+        if self.path:
+            return Path(self.path)
+        tokenizer = self.hf_tokenizer_path or f"bpe{self.train_tokenizer_vocab_size}"
+        short = [Path(n).stem if os.path.exists(n) else n for n in (self.name, tokenizer)]
+        return Path("data") / re.sub(r"[^\w.-]+", "-", "-".join(short)).strip("-")
+
+
+def read_config(path, overrides=()) -> dict:
+    """The YAML mapping at `path` with overrides ["key.key=value", ...] applied; UserError if it cannot be read."""
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as e:
+        raise UserError(f"cannot read the config {path}: {e.strerror}") from e
+    except (yaml.YAMLError, ValueError) as e:  # ValueError: not UTF-8, or a date that no calendar has
+        raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold a mapping of keys to values, not {type(config).__name__}")
+    for override in overrides:
+        name, eq, value = override.partition("=")
+        if not eq or not name or name.startswith("-"):
+            raise UserError(f"{override!r} is not an override: write key=value, such as model.n_layer=4")
+        *sections, last = name.split(".")
+        section = config
+        for part in sections:
+            section = section.setdefault(part, {})
+            if not isinstance(section, dict):
+                raise UserError(f"{override!r}: {part} is a value, not a section with keys of its own")
+        try:
+            section[last] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError) as e:
+            raise UserError(f"{override!r}: the value is not YAML; quote it") from e
+    return config
+
+
+def convert(value, kind, name: str):
+    """`value` as the type `kind`; UserError, naming the key, if it is of another. Numbers may be strings (3e-4)."""
+    if typing.get_origin(kind) is typing.Literal:
+        if any(value == o and type(value) is type(o) for o in typing.get_args(kind)):
+            return value
+        raise UserError(f"{name} must be one of {', '.join(map(str, typing.get_args(kind)))}, not {value!r}")
+    kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value)):
+        return value
+    if str in kinds and isinstance(value, datetime.date):
+        return str(value)  # YAML reads run_dir=2026-01-01 as a date
+    if type(value) in (int, float, str):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)  # YAML 1.1 reads 3e-4 as a string
+            if float in kinds and math.isfinite(number):
+                return number
+            if int in kinds and number.is_integer():
+                return int(number)
+    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
+    raise UserError(f"{name} must be {' or '.join(words[k] for k in kinds)}, not {value!r}")
+
+
+def build(cls, values, where: str = ""):
+    """The dataclass `cls` from the mapping `values`, checked: unknown, missing, mistyped and impossible keys."""
+    if not isinstance(values, dict):
+        raise UserError(f"{where.rstrip('.')} must be a section of keys, not {values!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)[0]
+            raise UserError(f"unknown key {where}{name}; the nearest valid key is {where}{near}")
+    out = {}
+    for name, f in known.items():
+        if name not in values:
+            if f.default is dataclasses.MISSING:
+                raise UserError(f"missing key {where}{name}: {f.metadata['help']}")
+            continue
+        if dataclasses.is_dataclass(f.type) or f.type is object:
+            out[name] = values[name]  # a section that is built already
+            continue
+        out[name] = value = convert(values[name], f.type, where + name)
+        if f.metadata and type(value) in (int, float):
+            low, high, above = (f.metadata[k] for k in ("low", "high", "above"))
+            if not low <= value <= high or value <= above:
+                bounds = [("at least", low), ("above", above), ("at most", high)]
+                bounds = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
+                raise UserError(f"{where}{name} must be {bounds}, not {value!r}")
+    try:
+        return cls(**out)
+    except ValueError as e:  # a model's config says what is wrong with its shape
+        raise UserError(f"{where}{e}") from e
+
+
+def dataset_configs(config: dict) -> dict[str, DatasetConfig]:
+    """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and path if the names are the same."""
+    sections = {}
+    for split in ("train", "val"):
+        name = f"{split}_dataset_config"
+        if name not in config:
+            near = difflib.get_close_matches(name, map(str, config), n=1)
+            raise UserError(f"missing key {name}: the {split} data" + (f" ({near[0]} is unknown)" if near else ""))
+        sections[split] = build(DatasetConfig, config[name], f"{name}.")
+    train, val = sections["train"], sections["val"]
+    tokenizer_keys = "hf_tokenizer_path", "train_tokenizer_vocab_size"
+    if not any(getattr(val, k) for k in tokenizer_keys):
+        for k in tokenizer_keys:
+            setattr(val, k, getattr(train, k))
+    for k in tokenizer_keys:
+        if getattr(train, k) != getattr(val, k):
+            raise UserError(f"{k} is {getattr(train, k)} for train but {getattr(val, k)} for val: give both the same")
+    if bool(train.hf_tokenizer_path) == bool(train.train_tokenizer_vocab_size):
+        raise UserError("train_dataset_config must set one of hf_tokenizer_path and train_tokenizer_vocab_size")
+    if train.train_tokenizer_vocab_size and train.is_tokenized:
+        raise UserError("train_tokenizer_vocab_size needs text, but is_tokenized is true: set hf_tokenizer_path")
+    if val.path is None and val.name == train.name:
+        val.path = train.path
+    if train.train_tokenizer_vocab_size and val.folder() != train.folder():
+        raise UserError("a tokenizer trained here lies beside its shards: give train and val the same path")
+    return sections
+
+
+# -----------------------------------------------------------------------------
+# files that appear whole or not at all
+
+
+@contextlib.contextmanager
+def whole_file(path: Path):
+    """A file opened for writing bytes beside `path`, synced and renamed to `path` at the end, removed on an error."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with open(part, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+        sync_folder(path.parent)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames within the folder `path` survive a power loss."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file, whole or not at all."""
+    with whole_file(path) as f:
+        f.write(text.encode())
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# tokenizers: text -> ids
+
+EOS_NAMES = "<|endoftext|>", "[EOS]", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>"
+
+
+@dataclasses.dataclass
+class TextEncoder:
+    """A tokenizer that is ready to encode documents."""
+
+    name: str
+    json: bytes  # its tokenizer.json
+    vocab_size: int  # the greatest id + 1
+    eos_token_id: int
+    encode_batch: typing.Callable  # list of texts -> list of id sequences, without any special token
+    decode_batch: typing.Callable  # list of id sequences -> list of texts, special tokens left out
+
+    def __post_init__(self):
+        if self.vocab_size > 65536:
+            raise UserError(f"the tokenizer {self.name} has {self.vocab_size} ids, but a shard's uint16 holds 65536")
+
+
+def load_encoder(name: str) -> TextEncoder:
+    """The tokenizer `gpt2`, at a hub id, in a tokenizer.json, or in a folder with one. UserError if there is none."""
+    if name == "gpt2":
+        return gpt2_encoder()
+    local = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
+    settings = {}
+    try:
+        if local.suffix == ".json":
+            data = local.read_bytes()
+            if local.with_name("tokenizer_config.json").exists():
+                settings = json.loads(local.with_name("tokenizer_config.json").read_bytes())
+        else:
+            from huggingface_hub import hf_hub_download
+
+            data = Path(hf_hub_download(name, "tokenizer.json")).read_bytes()
+            with contextlib.suppress(Exception):  # a hub tokenizer need not have one
+                settings = json.loads(Path(hf_hub_download(name, "tokenizer_config.json")).read_bytes())
+    except Exception as e:
+        where = local if local.suffix == ".json" else f"{name} on the Hugging Face hub"
+        raise UserError(
+            f"cannot read the tokenizer {where} ({type(e).__name__}): check its name and, for a hub id, the network; "
+            "without one, set hf_tokenizer_path to a tokenizer.json on disk"
+        ) from e
+    return json_encoder(name, data, settings.get("eos_token"))
+
+
+def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
+    """A tokenizer from the bytes of its tokenizer.json; `eos` is tokenizer_config.json's eos_token, if there is one."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours, a batch of documents each
+    import tokenizers
+
+    try:
+        tok = tokenizers.Tokenizer.from_str(data.decode())
+    except Exception as e:
+        raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
+    tok.no_truncation()
+    tok.no_padding()
+    tok.encode_special_tokens = True  # '[EOS]' in a document is text
+    names = [eos["content"] if isinstance(eos, dict) else eos] if eos else EOS_NAMES
+    found = [i for i in map(tok.token_to_id, names) if i is not None]
+    if not found:
+        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
+
+    def encode_batch(texts):
+        return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
+
+    return TextEncoder(name, data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
+
+
+def gpt2_encoder() -> TextEncoder:
+    """tiktoken's gpt2: the ids of the hub's gpt2, several times faster."""
+    import tiktoken
+
+    try:
+        enc = tiktoken.get_encoding("gpt2")
+    except Exception as e:
+        raise UserError(
+            f"tiktoken cannot get its gpt2 files ({type(e).__name__}), which it downloads once: without a network, set "
+            "TIKTOKEN_CACHE_DIR to a folder that holds them, or hf_tokenizer_path to a tokenizer.json"
+        ) from e
+
+    def encode_batch(texts):
+        return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
+
+    return dataclasses.replace(json_encoder("gpt2", gpt2_json(enc)), encode_batch=encode_batch)
+
+
+def gpt2_json(enc) -> bytes:
+    """A tokenizer.json that gives the ids of the tiktoken Encoding `enc`.
+
+    tiktoken keeps ranks of byte strings, Hugging Face keeps merges: the pair that makes a token is what is left when
+    its bytes have been merged by all lower ranks.
+    """
+    from tokenizers import models
+
+    ranks = enc._mergeable_ranks
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these bytes as themselves
+    letters = {b: chr(b) for b in printable}
+    letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
+    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = [token[i : i + 1] for i in range(len(token))]
+        while len(parts) > 2:
+            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
+            parts[best : best + 2] = [parts[best] + parts[best + 1]]
+        if len(parts) == 2:
+            merges.append((spelled[parts[0]], spelled[parts[1]]))
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": enc.eot_token}
+    return byte_level_bpe(models.BPE(vocab, merges)).to_str().encode()
+
+
+def byte_level_bpe(model):
+    """A tokenizers.Tokenizer around `model` (a tokenizers BPE) that splits text and spells bytes as GPT-2 does."""
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tok = Tokenizer(model)
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tok.decoder = decoders.ByteLevel()
+    tok.add_special_tokens(["<|endoftext|>"])
+    return tok
+
+
+def train_bpe(texts, vocab_size: int) -> bytes:
+    """The tokenizer.json of a byte-level BPE trained on an iterator of texts."""
+    from tokenizers import models, pre_tokenizers, trainers
+
+    tok = byte_level_bpe(models.BPE())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    return tok.to_str().encode()
+
+
+# -----------------------------------------------------------------------------
+# sources: rows in a fixed order, each with the place from which reading can go on
+
+
+class Files:
+    """Rows of local files, in the order given: one a line of .jsonl, one a document of .txt, one a file of .py.
+
+    A place is [file, byte offset, line], the start of a row.
+    """
+
+    def __init__(self, files: list[Path], column: str):
+        self.files, self.column = files, column
+        for path in files:
+            try:
+                with self.open(path) as f:
+                    f.read(1)
+            except (OSError, EOFError) as e:
+                raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
+        if not any(path.stat().st_size for path in files):
+            raise UserError(f"{files[0]} is empty: it must hold at least one document")
+
+    @staticmethod
+    def open(path: Path):
+        return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+    def rows(self, place=None):
+        """Yield (place, raw bytes) from `place` on, or from the start."""
+        first, offset, line = place or (0, 0, 1)
+        for i, path in enumerate(self.files[first:], first):
+            read = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text}[kind_of(path)]
+            try:
+                with self.open(path) as f:
+                    f.seek(offset)
+                    for at, number, raw in read(f, offset, line):
+                        line = number
+                        yield [i, at, line], raw
+            except (EOFError, gzip.BadGzipFile) as e:
+                raise UserError(f"{path} is cut short or damaged after line {line}: {e}") from e
+            offset, line = 0, 1
+
+    def where(self, place) -> str:
+        return f"{self.files[place[0]]}, line {place[2]}"
+
+    def parse(self, place, raw: bytes):
+        """A row's value; ValueError, in words, if there is none."""
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as e:
+            raise ValueError(f"invalid UTF-8 (byte {raw[e.start]:#04x})") from e
+        if kind_of(self.files[place[0]]) != ".jsonl":
+            return text
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"broken JSON ({e})") from e
+        if not isinstance(row, dict) or self.column not in row:
+            have = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            raise ValueError(f"no column {self.column} (column_name); found {have}")
+        return row[self.column]
+
+
+def kind_of(path: Path) -> str:
+    """The suffix that says how a file is read, .gz aside."""
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def json_lines(f, offset: int, line: int):
+    """Yield (offset, line number, line) of each line of `f` that is not blank."""
+    for raw in f:
+        if raw.strip():
+            yield offset, line, raw
+        offset, line = offset + len(raw), line + 1
+
+
+def text_documents(f, offset: int, line: int):
+    """Yield (offset, line number, text) of each document between lines that hold <|endoftext|> alone.
+
+    The line break before such a line, or before the end, belongs to the file and not to the document.
+    """
+    start, first, parts = offset, line, []
+    for raw in f:
+        offset, line = offset + len(raw), line + 1
+        if raw.strip() != b"<|endoftext|>":
+            parts.append(raw)
+            continue
+        yield start, first, b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
+        start, first, parts = offset, line, []
+    if parts:
+        yield start, first, b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
+
+
+def whole_text(f, offset: int, line: int):
+    """Yield the whole of `f` as one document."""
+    yield offset, line, f.read()
+
+
+class Hub:
+    """Rows of whatever `datasets` reads, streamed: a hub id, a folder laid out like a hub repository, parquet, zst.
+
+    A place is [state of the stream before a batch of rows, the row within it, the row's number].
+    """
+
+    def __init__(self, name: str, split: str, column: str, revision: str | None):
+        try:
+            import datasets
+        except ImportError as e:
+            raise UserError(f"{name} is read through the datasets library: pip install datasets zstandard") from e
+        datasets.disable_progress_bars()
+        self.name, self.column = name, column
+        path, files = name, None
+        if os.path.isfile(name) or (glob.has_magic(name) and glob.glob(name)):
+            path, files = os.path.dirname(name) or ".", os.path.basename(name)
+        with self.blamed(f"cannot read {name} (split {split})"):
+            self.stream = datasets.load_dataset(path, data_files=files, split=split, streaming=True, revision=revision)
+            columns = self.stream.column_names or list(next(iter(self.stream), {column: None}))
+        if column not in columns:
+            raise UserError(f"{name} has no column {column} (column_name); found {', '.join(columns)}")
+        self.stream = self.stream.select_columns([column])
+        splits = self.stream.info.splits or {}
+        self.known_rows = splits[split].num_examples if split in splits else None
+
+    @contextlib.contextmanager
+    def blamed(self, what: str):
+        """Turn whatever `datasets` raises into one sentence."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as e:
+            reason = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"{what}: {type(e).__name__}: {reason}") from e
+
+    def rows(self, place=None):
+        """Yield (place, value) from `place` on, or from the start."""
+        state, skip, number = place or (None, 0, 0)
+        number -= skip
+        stream = self.stream._copy() if hasattr(self.stream, "_copy") else self.stream
+        if state:
+            stream.load_state_dict(state)
+        batches = stream.iter(batch_size=256)
+        while True:
+            state = json.loads(json.dumps(stream.state_dict()))  # a copy: datasets changes its own as it reads
+            with self.blamed(f"cannot read {self.name} after row {number}"):
+                batch = next(batches, {self.column: []})[self.column]
+            if not batch:
+                return
+            for i in range(skip, len(batch)):
+                yield [state, i, number + i], batch[i]
+            skip, number = 0, number + len(batch)
+
+    def where(self, place) -> str:
+        return f"{self.name}, row {place[2]}"
+
+    def parse(self, place, value):
+        return value
+
+
+def local_files(c: DatasetConfig) -> list[Path] | None:
+    """The files that are read here, sorted by name; None if `datasets` reads what `c` names."""
+    if c.name == "python-stdlib":
+        return stdlib_files()
+    path = Path(c.name)
+    if path.is_dir():
+        files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"]
+    elif glob.has_magic(c.name) and not path.exists():
+        files = [Path(p) for p in glob.glob(c.name, recursive=True) if os.path.isfile(p)]
+        if not files and kind_of(path) in (".txt", ".jsonl"):
+            raise UserError(f"no file matches {c.name}")
+    else:
+        files = [path]
+    kinds = {kind_of(p) for p in files}
+    if not files or not kinds <= {".txt", ".jsonl"}:
+        return None
+    if path.is_dir() and kinds == {".jsonl"} and any(re.search(r"test|val|dev", p.name) for p in files):
+        return None  # a hub repository with splits: datasets knows which file is which
+    return sorted(files)
+
+
+def open_source(c: DatasetConfig):
+    """The source that `c` names, and which of its rows: (source, first row, row after the last or None)."""
+    base, slices = parse_split(c.split)
+    files = local_files(c)
+    if files and base != "train":
+        raise UserError(f"split {c.split}: {c.name} has one split, train; choose rows with a slice, train[95%:]")
+    source = Files(files, c.column_name) if files else Hub(c.name, base, c.column_name, c.revision)
+    total = None
+    if any(b and (b[1] or b[0] < 0) for b in slices):  # a percentage, or a distance from the end
+        total = getattr(source, "known_rows", None) or sum(1 for _ in source.rows())
+    start, stop = (absolute(b, total) for b in slices)
+    if stop is not None and stop <= (start or 0):
+        raise UserError(f"split {c.split} of {c.name} holds no rows")
+    return source, start or 0, stop
+
+
+def parse_split(spec: str):
+    """'train[:95%]' -> ('train', (None, (95, True))): the base, and two bounds, each None or (number, is %)."""
+    match = re.fullmatch(r"([\w.-]+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", re.sub(r"\s|(?<=\d)_(?=\d)", "", spec))
+    if not match:
+        raise UserError(f"cannot read split {spec!r}: write train, train[:95%], train[-100:] or train[1000:2000]")
+    bounds = tuple((int(b.rstrip("%")), b.endswith("%")) if b else None for b in match.groups()[1:])
+    if any(b and b[1] and abs(b[0]) > 100 for b in bounds):
+        raise UserError(f"split {spec!r} goes beyond 100%")
+    return match[1], bounds
+
+
+def absolute(bound, total: int | None):
+    """A bound of a slice as a row number, rounded and clipped to `total` as Hugging Face does; None stays None."""
+    if bound is None or total is None:
+        return bound and bound[0]
+    number = round(bound[0] * total / 100) if bound[1] else bound[0]
+    return min(max(number + total if number < 0 else number, 0), total)
+
+
+def stdlib_files() -> list[Path]:
+    """The interpreter's own library, tests left out, in an order that makes the end as fair a sample as the start."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    names = [p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.stat().st_size]
+    names = [n for n in names if not left_out & set(n.split("/"))]
+    if not names:
+        raise UserError(f"python-stdlib: this interpreter has no library in source form at {root}")
+    return [root / n for n in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())]
+
+
+# -----------------------------------------------------------------------------
+# shards: one header, one writer, one reader
+
+MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
+
+
+class ShardWriter:
+    """Writes the tokens of one split into shards of `shard_tokens`; a shard is visible once it is whole."""
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: list[dict]):
+        self.folder, self.split, self.shard_tokens, self.shards = folder, split, shard_tokens, shards
+        self.part = folder / f".{split}.part"
+        self.file, self.tokens, self.documents = None, 0, 0  # the shard at hand
+
+    def room(self) -> int:
+        """How many tokens the shard at hand can still take."""
+        return self.shard_tokens - self.tokens
+
+    def write(self, tokens: np.ndarray, documents: int) -> None:
+        """Append uint16 tokens (at most `room`), within which `documents` documents end."""
+        if len(tokens) == 0:
+            return
+        if self.file is None:
+            self.file = open(self.part, "wb")
+            self.file.write(bytes(HEADER_BYTES))
+        self.file.write(tokens.astype("<u2", copy=False).data)
+        self.tokens += len(tokens)
+        self.documents += documents
+
+    def finish_shard(self) -> None:
+        """Give the shard at hand its header and its name, and list it."""
+        if self.file is None:
+            return
+        header = np.zeros(256, "<i4")
+        header[:3] = MAGIC, VERSION, self.tokens
+        self.file.seek(0)
+        self.file.write(header.data)
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        name = f"{self.split}_{len(self.shards):06d}.bin"
+        entry = {"file": name, "tokens": self.tokens, "documents": self.documents, "sha256": sha256_file(self.part)}
+        os.replace(self.part, self.folder / name)
+        sync_folder(self.folder)
+        self.shards.append(entry)
+        self.file, self.tokens, self.documents = None, 0, 0
+
+
+def read_header(path: Path) -> int:
+    """The token count of the shard `path`, checked against its size. UserError if it is not a whole shard."""
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", count=256)
+    except OSError as e:
+        raise UserError(f"cannot read the shard {path}: {e.strerror}") from e
+    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
+        raise UserError(
+            f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Delete it and prepare it "
+            "again; if it is nanoGPT's, bare uint16 tokens, put 256 int32 in front: these two, the token count, zeros"
+        )
+    if size != HEADER_BYTES + 2 * int(header[2]):
+        raise UserError(
+            f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
+            f"{HEADER_BYTES + 2 * int(header[2])} bytes, but it has {size}; delete its folder and prepare it again"
+        )
+    return int(header[2])
+
+
+class Shards:
+    """The tokens of one split as one stream, memory-mapped. Window w is tokens [w * length, (w + 1) * length)."""
+
+    def __init__(self, folder: Path, split: str, prepare: str):
+        """`prepare` is the command that writes the shards, for the error that they are not there."""
+        self.folder, self.info = folder, {}
+        if (folder / "dataset.json").exists():
+            self.info = json.loads((folder / "dataset.json").read_text())
+            entries = self.info["splits"].get(split, {}).get("shards", [])
+            self.files = [folder / e["file"] for e in entries]
+        else:  # llm.c's or modded-nanogpt's, unless a preparation is under way
+            self.files = [] if (folder / PROGRESS).exists() else sorted(folder.glob(f"*{split}*.bin"))
+        if not self.files:
+            raise UserError(f"no finished {split} shards in {folder}: run {prepare}")
+        for f in self.files:
+            if not f.exists():
+                raise UserError(f"the shard {f} is gone: delete {folder} and run {prepare}")
+        counts = {f: n for f in self.files if (n := read_header(f))}
+        self.starts = np.cumsum([0, *counts.values()])  # the stream's token at which each shard starts
+        self.maps = [np.memmap(f, "<u2", "r", HEADER_BYTES, (n,)) for f, n in counts.items()]
+        self.n_tokens = int(self.starts[-1])
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, uint16; they may lie in several shards."""
+        i = int(np.searchsorted(self.starts, start, side="right")) - 1
+        parts = []
+        while start < stop:
+            end = min(stop, int(self.starts[i + 1]))
+            parts.append(self.maps[i][start - int(self.starts[i]) : end - int(self.starts[i])])
+            start, i = end, i + 1
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def windows(self, ids, length: int) -> np.ndarray:
+        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
+        out = np.empty((len(ids), length), np.uint16)
+        for row, w in enumerate(ids):
+            out[row] = self.tokens(int(w) * length, int(w + 1) * length)
+        return out
+
+
+# -----------------------------------------------------------------------------
+# order: which window stands at position p of the endless training stream
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """Scramble uint64s so that each bit of the result depends on each bit of x (splitmix64's finaliser)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
+    """Where the permutation of range(n) number `key` (64 bits) sends each of x; computed, without a table of n.
+
+    Swap-or-not (Hoang, Morris, Rogaway 2012): each round pairs every element with its mirror image about a keyed
+    point, and a keyed coin, the same for both, swaps the two or not. So every round is a permutation, of any n, and
+    after some 6 log2(n) of them it looks like a random one.
+    """
+    x = x.astype(np.int64)
+    rounds = 6 * max(8, n.bit_length())
+    keys = mix(np.uint64(key) + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    for pivot, coin in zip((keys[:rounds] % np.uint64(n)).astype(np.int64), keys[rounds:], strict=True):
+        mirror = pivot - x
+        mirror += n * (mirror < 0)
+        swap = mix(np.maximum(x, mirror).view(np.uint64) ^ coin) & np.uint64(1)
+        x = np.where(swap, mirror, x)
+    return x
+
+
+def window_order(positions, n_windows: int, seed: int, shuffle_each_epoch: bool = True) -> np.ndarray:
+    """The windows at `positions` (n,) of the training stream -> (n,) int64; a function of seed and position alone.
+
+    Epoch e is positions [e * n_windows, (e + 1) * n_windows): every window once, in an order of its own.
+    """
+    epochs, within = np.divmod(np.asarray(positions, np.int64), n_windows)
+    out = np.empty_like(within)
+    for epoch in np.unique(epochs):
+        name = f"{seed} {epoch if shuffle_each_epoch else 0}"
+        key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+        out[epochs == epoch] = permuted(within[epochs == epoch], n_windows, key)
+    return out
+
+
+# -----------------------------------------------------------------------------
+# encoding: rows -> tokens, in threads, since the tokenizers let go of Python's lock
+
+
+def read_rows(source, start: int, stop: int | None, place=None, row: int = 0):
+    """Yield (row number, place, raw) of rows [start, stop), reading from `place`, which is that of row `row`."""
+    for number, (here, raw) in enumerate(source.rows(place), row):
+        if stop is not None and number >= stop:
+            return
+        if number >= start:
+            yield number, here, raw
+
+
+def parse_row(source, place, raw, vocab_size: int | None):
+    """A row's text or, if its ids have to lie below a vocab_size, its ids (n,). BadRow, naming the row, for neither."""
+    try:
+        value = source.parse(place, raw)
+        if vocab_size is None:
+            if not isinstance(value, str):
+                raise ValueError(f"column {source.column} holds {type(value).__name__}, not text")
+            value.encode()
+            return value
+        ids = np.array(value if isinstance(value, list) and value else [], dtype=None if value else np.int64)
+        if not isinstance(value, list) or ids.ndim != 1 or ids.dtype.kind not in "iu":
+            raise ValueError(f"column {source.column} holds no list of token ids (is_tokenized)")
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(f"ids from {ids.min()} to {ids.max()}, but the vocabulary ends at {vocab_size - 1}")
+        return ids
+    except UnicodeEncodeError as e:
+        raise BadRow(f"{source.where(place)}: a lone surrogate ({value[e.start]!a}) is not text; mend the row") from e
+    except (ValueError, OverflowError) as e:
+        raise BadRow(f"{source.where(place)}: {e}") from e
+
+
+def encode_rows(batch, source, encoder: TextEncoder, is_tokenized: bool):
+    """[(row, place, raw), ...] -> (tokens of all, uint16; tokens of each (n,), 0 for an empty row; bytes of text)."""
+    if is_tokenized:
+        ids = [parse_row(source, place, raw, encoder.vocab_size) for _, place, raw in batch]
+        eos, n_bytes = 0, sum(map(len, map(str.encode, encoder.decode_batch(ids))))
+    else:
+        texts = [parse_row(source, place, raw, None) for _, place, raw in batch]
+        ids = encoder.encode_batch(texts)
+        eos, n_bytes = np.array([len(t) > 0 for t in texts], np.int64), sum(len(t.encode()) for t in texts)
+    lengths = np.array([len(i) for i in ids], np.int64) + eos
+    tokens = np.full(lengths.sum(), encoder.eos_token_id, np.uint16)
+    for start, document in zip(np.cumsum(lengths) - lengths, ids, strict=True):
+        tokens[start : start + len(document)] = document
+    return tokens, lengths, n_bytes
+
+
+def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
+    """Lists of rows: a list is worth a thread's while, and a long document stands almost alone."""
+    group, size = [], 0
+    for item in rows:
+        group.append(item)
+        size += len(item[2]) if isinstance(item[2], (bytes, str, list)) else 0
+        if size >= max_size or len(group) >= max_rows:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def ordered_map(function, items, workers: int):
+    """Yield (item, function(item)) in order from `workers` threads; few are under way, so that no queue grows."""
+    pending = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for item in items:
+                pending.append((item, pool.submit(function, item)))
+                if len(pending) > 2 * workers:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def progress_line(split: str, tokens_before: int):
+    """A function (documents, tokens, last=False) that shows both and the rate on stderr, twice a second at most."""
+    began = shown = time.monotonic()
+    tty = sys.stderr.isatty()
+
+    def show(documents: int, tokens: int, last: bool = False):
+        nonlocal shown
+        now = time.monotonic()
+        if last or now - shown > (0.5 if tty else 10):
+            rate = (tokens - tokens_before) / max(now - began, 1e-9)
+            text = f"{split}: {documents:,} documents, {tokens:,} tokens, {rate:,.0f} tokens/s"
+            print(f"\r{text}\x1b[K" if tty else text, end="\n" if last or not tty else "", file=sys.stderr, flush=True)
+            shown = now
+
+    return show
+
+
+def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, workers: int, done: dict, save) -> None:
+    """Write the shards of one split from where `done` says that an earlier preparation stopped; save() keeps `done`."""
+    source, start, stop = opened
+    writer = ShardWriter(folder, split, shard_tokens, done["shards"])
+    counts = {k: done[k] for k in ("tokens", "documents", "empty_documents", "bytes")}
+    show = progress_line(split, counts["tokens"])
+    rows = read_rows(source, start, stop, done["place"], done["row"])
+    again = done["skip"]  # so many tokens of the first document are in the last finished shard, maybe all of them
+    for batch, (tokens, lengths, n_bytes) in ordered_map(encode, grouped(rows), workers):
+        ends = np.cumsum(lengths)
+        at, counted = again, int(0 < again == lengths[0])
+        again = 0
+        while True:
+            end = min(len(tokens), at + writer.room())
+            full = end - at == writer.room()
+            if full:  # the shard ends within document d, or with it
+                d = int(np.searchsorted(ends, end - 1, side="right"))
+                upto = d + int(ends[d] == end)
+            else:
+                upto = len(batch)
+            documents = int(np.count_nonzero(lengths[counted:upto]))
+            writer.write(tokens[at:end], documents)
+            counts["tokens"] += end - at
+            counts["documents"] += documents
+            counts["empty_documents"] += upto - counted - documents
+            at, counted = end, upto
+            if not full:
+                break
+            writer.finish_shard()
+            done.update(counts, row=batch[d][0], place=batch[d][1], skip=int(end - ends[d] + lengths[d]))
+            save()
+        counts["bytes"] += n_bytes
+        show(counts["documents"], counts["tokens"])
+    writer.finish_shard()
+    done.update(counts, finished=True)
+    save()
+    show(counts["documents"], counts["tokens"], last=True)
+
+
+# -----------------------------------------------------------------------------
+# preparation
+
+PROGRESS = ".progress.json"
+
+
+def identity(c: DatasetConfig, shard_tokens: int) -> dict:
+    """What the bytes of a split depend on, told without reading the source."""
+    about = {k: getattr(c, k) for k in ("name", "split", "column_name", "is_tokenized", "revision")}
+    about["tokenizer"] = c.hf_tokenizer_path or f"trained, {c.train_tokenizer_vocab_size}"
+    if c.hf_tokenizer_path and os.path.isfile(c.hf_tokenizer_path):
+        about["tokenizer_sha256"] = sha256_file(Path(c.hf_tokenizer_path))
+    files = [p for p in local_files(c) or [] if p.exists()]
+    if files:
+        listing = json.dumps([[p.name, p.stat().st_size] for p in files])
+        about |= {"files": len(files), "names_and_sizes": hashlib.sha256(listing.encode()).hexdigest()}
+    return about | {"shard_tokens": shard_tokens}
+
+
+def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> dict | None:
+    """What is to do in `folder`: None if it is finished, else its progress record. UserError if it holds other data."""
+    record = {split: identity(c, shard_tokens) for split, c in configs.items()}
+    path = next((folder / name for name in ("dataset.json", PROGRESS) if (folder / name).exists()), None)
+    if path is None:
+        if any(folder.glob("*.bin")):
+            raise UserError(f"{folder} holds .bin files that were not written here: choose another path")
+        fresh = dict.fromkeys(("tokens", "documents", "empty_documents", "bytes", "row", "skip"), 0)
+        return {"source": record, "splits": {s: fresh | {"place": None, "shards": []} for s in configs}}
+    there = json.loads(path.read_text())
+    differ = []
+    for split in sorted(record.keys() | there["source"].keys()):
+        new, old = record.get(split, {}), there["source"].get(split, {})
+        names = [k for k in new | old if new.get(k) != old.get(k)]
+        differ += [f"{split}.{k} ({old.get(k)!r} there, {new.get(k)!r} here)" for k in names]
+    if differ:
+        raise UserError(
+            f"{folder} was prepared from another config: {', '.join(differ)}; choose another path or delete it"
+        )
+    return there if path.name == PROGRESS else None
+
+
+def prepare(sections: dict[str, DatasetConfig], model_vocab_size: int | None, workers: int, shard_tokens: int) -> None:
+    """Write the shards of all sections, each into its folder; what is there already is left alone."""
+    folders = {}
+    for split, c in sections.items():
+        folders.setdefault(c.folder(), {})[split] = c
+    plans = {folder: plan(folder, configs, shard_tokens) for folder, configs in folders.items()}
+    for folder in [f for f in folders if plans[f] is None]:
+        print(f"{folder} is already prepared")
+        del folders[folder]
+    if not folders:
+        return
+    # all that can be wrong is found before anything is written
+    c = sections["train"]
+    encoder = load_encoder(c.hf_tokenizer_path) if c.hf_tokenizer_path else None
+    vocab_size = encoder.vocab_size if encoder else c.train_tokenizer_vocab_size
+    if model_vocab_size is not None and model_vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size {model_vocab_size} is smaller than the tokenizer's: set it to {vocab_size}")
+    opened = {split: open_source(c) for configs in folders.values() for split, c in configs.items()}
+    for split, (source, start, stop) in opened.items():
+        first = next(read_rows(source, start, stop), None)
+        if first is None:
+            raise UserError(f"{sections[split].name} holds no rows in split {sections[split].split}")
+        parse_row(source, first[1], first[2], vocab_size if sections[split].is_tokenized else None)
+    for folder, configs in folders.items():
+        prepare_folder(folder, configs, opened, encoder, plans[folder], workers, shard_tokens)
+
+
+def prepare_folder(folder: Path, configs, opened, encoder, progress: dict, workers: int, shard_tokens: int) -> None:
+    """Write tokenizer.json, the shards of the splits in `configs`, and last of all dataset.json."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise UserError(f"another process is preparing {folder}: wait for it, or choose another path") from e
+        save = functools.partial(lambda: write_text(folder / PROGRESS, json.dumps(progress)))
+        try:
+            if encoder is None:
+                encoder = trained_encoder(folder, configs["train"], opened["train"])
+            with whole_file(folder / "tokenizer.json") as f:
+                f.write(encoder.json)
+            save()
+            for split, done in progress["splits"].items():
+                if not done.get("finished"):
+                    tokenized = configs[split].is_tokenized
+                    encode = functools.partial(
+                        encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=tokenized
+                    )
+                    encode_split(folder, split, opened[split], encode, shard_tokens, workers, done, save)
+        except BadRow:  # the source has to change, and what is here would not fit it then
+            for path in [*folder.glob("*.bin"), folder / "tokenizer.json", folder / PROGRESS, folder / ".lock"]:
+                path.unlink(missing_ok=True)
+            for path in folder.glob(".*.part"):
+                path.unlink()
+            for path in new:
+                path.rmdir()
+            raise
+        except BaseException:  # a full disk needs the room; the same command makes this part again
+            for path in folder.glob(".*.part"):
+                path.unlink()
+            raise
+        keep = "tokens", "documents", "empty_documents", "bytes", "shards"
+        splits = {split: {k: done[k] for k in keep} for split, done in progress["splits"].items()}
+        tokenizer = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
+        tokenizer |= {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
+        dataset = {"source": progress["source"], "splits": splits, "tokenizer": tokenizer}
+        write_text(folder / "dataset.json", json.dumps(dataset, indent=1) + "\n")
+        (folder / PROGRESS).unlink()
+        (folder / ".lock").unlink()
+    for split, about in splits.items():
+        print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
+
+
+def trained_encoder(folder: Path, c: DatasetConfig, opened) -> TextEncoder:
+    """A byte-level BPE trained on the rows of the train split, or the one that an earlier preparation trained."""
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return json_encoder("trained here", path.read_bytes())
+    source, start, stop = opened
+    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
+    texts = (parse_row(source, place, raw, None) for _, place, raw in read_rows(source, start, stop))
+    return json_encoder("trained here", train_bpe(texts, c.train_tokenizer_vocab_size))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Text or tokens in, shards out.")
+    parser.add_argument("config", help="the run's YAML")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.split=train[:1%%]"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that encode (default: all cores)")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100M)")
+    args = parser.parse_intermixed_args()
+    try:
+        if args.workers < 1 or args.shard_tokens < 1:
+            raise UserError("--workers and --shard-tokens must be at least 1")
+        config = read_config(args.config, args.overrides)
+        model = config.get("model")
+        vocab_size = model.get("vocab_size") if isinstance(model, dict) else None
+        vocab_size = convert(vocab_size, int | None, "model.vocab_size")
+        prepare(dataset_configs(config), vocab_size, args.workers, args.shard_tokens)
+    except UserError as e:
+        sys.exit(f"prepare_data: {e}")
+    except OSError as e:
+        sys.exit(
+            f"prepare_data: {e.filename or 'the disk'}: {e.strerror}; once that is mended, the same command goes on"
+        )
+    except KeyboardInterrupt:
+        print("\nprepare_data: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,657 @@
+"""Pretrain one of models.py's models on the shards that prepare_data.py wrote.
+
+    python train.py configs/quickstart.yaml [key=value ...]
+    torchrun --nproc_per_node=4 train.py configs/x.yaml [key=value ...]
+    python train.py --help                   every key with its type and default
+
+Same config, same weights: the order of the data does not depend on the number of ranks, on micro_batch_size or on
+interruptions, and with run_dir=DIR the same command continues a run that was stopped.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from models import MODEL_CLASSES
+from prepare_data import (
+    DatasetConfig,
+    Shards,
+    UserError,
+    build,
+    dataset_configs,
+    key,
+    load_encoder,
+    read_config,
+    whole_file,
+    window_order,
+    write_text,
+)
+
+# -----------------------------------------------------------------------------
+# config
+
+
+@dataclasses.dataclass
+class Config:
+    """A run's YAML. The sections model, train_dataset_config and val_dataset_config have classes of their own."""
+
+    model: object = key("model_type and the fields of models.<model_type>Config")
+    train_dataset_config: DatasetConfig = key("the data to train on")
+    val_dataset_config: DatasetConfig = key("the data to validate on")
+    batch_size: int = key("sequences in the global batch, over all ranks and micro-batches", low=1)
+    num_iterations: int = key("optimizer updates", low=1)
+    learning_rate: float = key("the peak, reached at update warmup_iters", above=0)
+    warmup_iters: int = key("updates of linear warm-up; a cosine follows, to num_iterations", low=0)
+    learning_rate_decay_frac: float = key("the last update's learning rate as a fraction of the peak", low=0, high=1)
+    weight_decay: float = key("AdamW's, on tensors of two dimensions and more", low=0)
+    grad_clip: float | None = key("greatest gradient norm; null: no clipping", above=0)
+    val_loss_every: int = key("updates between validations; 0: none", low=0)
+    val_max_steps: int = key("most batches of batch_size windows in a validation", low=1)
+    sample_every: int = key("updates between samples of text; 0: none", low=0)
+    intermediate_checkpoints: bool = key("keep weights at 0, 1, 2, 4 ... 512, 1000, 2000 ...; false: the last only")
+    dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
+    train_log_every: int = key("updates between lines on the console", 100, low=1)
+    micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
+    init_seed: int = key("of the initial weights", 42, low=0)
+    seed: int = key("of the order of the training data", 0, low=0)
+    sample_seed: int = key("of the sampled text", 0, low=0)
+    device: str | None = key("cpu, cuda, cuda:1, mps; null: the best there is", None)
+    compile: bool = key("torch.compile the model, where that works", True)
+    tensorcores: bool = key("TF32 for float32 products on CUDA", True)
+    zero_stage: Literal[0, 1, 2, 3] = key("1 shards the optimizer's state over the ranks; 2 and 3 are refused", 0)
+    from_pretrained: str | None = key("start from the weights of this run folder or checkpoint", None)
+    inference_only: bool = key("validate and sample, update nothing", False)
+    output_dir: str | None = key("runs go into folders of this one; null: ${SPD_OUT_DIR:-out}/target_models", None)
+    run_dir: str | None = key("the run's own folder; one that holds a stopped run of this config is continued", None)
+    resume_every: int = key("updates between saves of the state to continue from; 0: only at the end", 1000, low=0)
+    wandb_project: str | None = key("log to this W&B project; null: do not", None)
+
+
+# what a continued run may change: none of it changes what is computed, save for the order of sums
+FREE_KEYS = {
+    "train_log_every",
+    "micro_batch_size",
+    "device",
+    "compile",
+    "output_dir",
+    "run_dir",
+    "resume_every",
+    "wandb_project",
+}
+
+
+def load_config(path, overrides=()) -> Config:
+    """The checked config of the YAML at `path` with key=value overrides. Raises UserError and writes nothing."""
+    raw = read_config(path, overrides)
+    datasets = dataset_configs(raw)
+    model = raw.get("model")
+    kind = model.get("model_type") if isinstance(model, dict) else model
+    if not isinstance(kind, str) or kind not in MODEL_CLASSES:
+        raise UserError(f"model.model_type must be one of {', '.join(MODEL_CLASSES)}, not {kind!r}")
+    shape = build(MODEL_CLASSES[kind].config_class, model, "model.")
+    config = build(Config, {**raw, "model": shape, **{f"{s}_dataset_config": c for s, c in datasets.items()}})
+    for split, c in datasets.items():
+        if c.n_ctx != shape.block_size + 1:
+            raise UserError(
+                f"{split}_dataset_config.n_ctx is {c.n_ctx}, but must be {shape.block_size + 1}, the model's + 1: a window is "
+                "split into the input [:-1] and the target [1:]"
+            )
+    if config.zero_stage > 1:
+        raise UserError(f"zero_stage {config.zero_stage} is not supported: use 0, or 1 to shard the optimizer's state")
+    return config
+
+
+def print_help() -> None:
+    """Every key with its type, default and meaning, from the dataclasses above."""
+    print(__doc__)
+    for title, cls in (("", Config), ("train_dataset_config, val_dataset_config", DatasetConfig)):
+        print(f"keys{' of ' + title if title else ''}:")
+        for f in dataclasses.fields(cls):
+            kind = getattr(f.type, "__name__", str(f.type).replace("typing.", ""))
+            default = "required" if f.default is dataclasses.MISSING else f"default {json.dumps(f.default)}"
+            print(f"  {f.name} ({kind}, {default}): {f.metadata['help']}")
+    for name, cls in MODEL_CLASSES.items():
+        fields = ", ".join(f"{f.name}={json.dumps(f.default)}" for f in dataclasses.fields(cls.config_class)[1:])
+        print(f"keys of model, model_type {name}: {fields}")
+
+
+# -----------------------------------------------------------------------------
+# small pure helpers
+
+
+def learning_rate_at(s: int, c: Config) -> float:
+    """The learning rate of update s = 1 ... num_iterations."""
+    if s <= c.warmup_iters:
+        return c.learning_rate * s / c.warmup_iters
+    least = c.learning_rate * c.learning_rate_decay_frac
+    progress = (s - c.warmup_iters) / (c.num_iterations - c.warmup_iters)
+    return least + (c.learning_rate - least) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def is_checkpoint(s: int, c: Config) -> bool:
+    """Whether the weights after s updates are kept."""
+    early = s < 1000 and s & (s - 1) == 0  # 0, 1, 2, 4 ... 512
+    return s == c.num_iterations or (c.intermediate_checkpoints and (early or s % 1000 == 0))
+
+
+def due(s: int, every: int, last: int) -> bool:
+    """Whether what happens every `every` updates (0: never), at the start and at the end, happens after update s."""
+    return every > 0 and (s % every == 0 or s == last)
+
+
+def choose_device(wanted: str | None, local_rank: int) -> torch.device:
+    """The device of this rank. Raises UserError if it is not there."""
+    if wanted is None:
+        wanted = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"device must be cpu, cuda, cuda:N or mps, not {wanted!r}")
+    if device.type == "cuda":
+        index = local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            found = torch.cuda.device_count()
+            raise UserError(
+                f"device cuda:{index} is not there: this machine shows {found} GPUs; set device=cpu or fewer ranks"
+            )
+        return torch.device("cuda", index)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device mps is not there: set device=cpu")
+    return device
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """None if torch.compile works here, else the reason in one line."""
+    try:
+        torch.compile(torch.neg)(torch.ones(8, device=device))
+    except Exception as e:
+        return (str(e).strip().splitlines() or [type(e).__name__])[0]
+
+
+def config_dict(c: Config) -> dict:
+    """The config as plain values, every default spelled out; without run_dir, so that to run it again is a new run."""
+    return {**dataclasses.asdict(c), "run_dir": None}
+
+
+def choose_folder(c: Config) -> Path:
+    """The run's folder: run_dir, if what is in it is this run, or else a new one named by the time."""
+    if not c.run_dir:
+        parent = Path(c.output_dir or Path(os.environ.get("SPD_OUT_DIR", "out")) / "target_models")
+        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        tries = (parent / (name + (f"-{i}" if i else "")) for i in range(1000))
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in tries:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()  # two runs started in the same second do not share it
+                return folder
+    folder = Path(c.run_dir)
+    if (folder / "final_config.yaml").exists():
+        there, here = flat(yaml.safe_load((folder / "final_config.yaml").read_text())), flat(config_dict(c))
+        differ = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k not in FREE_KEYS]
+        if differ:
+            listed = ", ".join(f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in differ)
+            raise UserError(f"{folder} holds a run of another config: {listed}; choose another run_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def flat(d: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out = {}
+    for k, v in d.items():
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+def load_state(folder: Path) -> dict | None:
+    """The state to continue from: resume.pt, or the one before it if that cannot be read, or None."""
+    for name in ("resume.pt", "resume.previous.pt"):
+        if (folder / name).exists():
+            try:
+                return torch.load(folder / name, map_location="cpu", weights_only=True)
+            except Exception as e:
+                print(f"{folder / name} is damaged ({type(e).__name__}); trying the state before it", file=sys.stderr)
+    return None
+
+
+def keep_metrics(path: Path, done: int) -> list[dict]:
+    """The lines of metrics.jsonl that a run continued after update `done` will not write again; the others go."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a last line that was cut short
+                lines.append(json.loads(text))
+    # what is evaluated after update `done` is evaluated again, in case the run ended before that
+    lines = [m for m in lines if m["step"] < done or (m["step"] == done and "train_loss" in m)] if done else []
+    write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
+    return lines
+
+
+def data_tokenizer(c: Config, data: Shards) -> tuple[bytes, int, int]:
+    """The training data's (tokenizer.json, vocabulary size, EOS id); the config names it if the data does not."""
+    if "tokenizer" in data.info:
+        about = data.info["tokenizer"]
+        return (data.folder / "tokenizer.json").read_bytes(), about["vocab_size"], about["eos_token_id"]
+    if not c.train_dataset_config.hf_tokenizer_path:
+        raise UserError(
+            f"{data.folder} has no dataset.json: name its tokenizer in train_dataset_config.hf_tokenizer_path"
+        )
+    encoder = load_encoder(c.train_dataset_config.hf_tokenizer_path)
+    return encoder.json, encoder.vocab_size, encoder.eos_token_id
+
+
+def load_pretrained(model, path: str) -> None:
+    """Copy the weights of the run or checkpoint at `path` into `model`. Raises UserError if shapes differ."""
+    from run_info import PretrainRunInfo
+
+    state, own = type(model).from_run_info(PretrainRunInfo.from_path(path)).state_dict(), model.state_dict()
+    differ = [
+        f"{k} {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    differ += [f"{k} only {'here' if k in own else 'there'}" for k in own.keys() ^ state.keys()]
+    if differ:
+        raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ[:8])}")
+    model.load_state_dict(state)
+
+
+def wandb_tracker(c: Config, folder: Path, log):
+    """A function that hands the W&B run to an action. W&B never stops training: after a failure it does nothing."""
+    failed = False
+
+    def track(action) -> None:
+        nonlocal failed
+        if not failed:
+            try:
+                action(run)
+            except Exception as e:
+                failed = True
+                log(f"W&B failed ({type(e).__name__}: {e}); training goes on without it")
+
+    id_file = folder / "wandb_run_id"  # a continued run goes on in the same W&B run
+    if not id_file.exists():
+        write_text(id_file, "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8)))
+    try:
+        import wandb
+
+        run = wandb.init(
+            project=c.wandb_project, id=id_file.read_text(), resume="allow", dir=folder, config=config_dict(c)
+        )
+    except Exception as e:
+        failed = True
+        log(f"W&B failed ({type(e).__name__}: {e}); training goes on without it")
+    return track
+
+
+def plot_losses(metrics: list[dict], path: Path) -> None:
+    """Draw training and validation loss over updates. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, style in (("train_loss", {"lw": 0.8, "alpha": 0.7}), ("val_loss", {"marker": "o", "ms": 3})):
+        points = [(m["step"], m[name]) for m in metrics if name in m]
+        if points:
+            ax.plot(*zip(*points, strict=True), label=f"{name} (last: {points[-1][1]:.3f})", **style)
+    ax.set(xlabel="update", ylabel="cross-entropy (nats per token)")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    with whole_file(path) as f:
+        fig.savefig(f, format="png", dpi=120)
+    plt.close(fig)
+
+
+# -----------------------------------------------------------------------------
+# the run
+
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
+INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
+
+
+def main(config_path: str, overrides: list[str]) -> int:
+    # ---- set-up: everything that can be wrong is found before anything is written
+    c = load_config(config_path, overrides)
+    rank, local_rank, world = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = choose_device(c.device, local_rank)
+    if c.dtype == "float16" and device.type != "cuda":
+        raise UserError(f"dtype float16 needs CUDA (device is {device.type}): use bfloat16 or float32")
+    if c.batch_size % world or (c.micro_batch_size and c.batch_size % (world * c.micro_batch_size)):
+        raise UserError(
+            f"batch_size {c.batch_size} is not divisible by ranks x micro_batch_size, {world} x {c.micro_batch_size or 1}"
+        )
+    per_rank = c.batch_size // world  # sequences of one rank in one update
+    micro = c.micro_batch_size or per_rank  # sequences in one forward
+    n_micro = per_rank // micro
+    T = c.model.block_size
+    prepare = f"python prepare_data.py {config_path}"
+    train_data = Shards(c.train_dataset_config.folder(), "train", prepare)
+    val_data = Shards(c.val_dataset_config.folder(), "val", prepare)
+    n_windows, n_val_windows = train_data.n_tokens // (T + 1), val_data.n_tokens // (T + 1)
+    for split, data, n in (("train", train_data, n_windows), ("val", val_data, n_val_windows)):
+        if n == 0:
+            raise UserError(f"the {split} shards hold {data.n_tokens} tokens, fewer than one window of n_ctx ({T + 1})")
+    tokenizer_json, vocab_size, eos = data_tokenizer(c, train_data)
+    if vocab_size > c.model.vocab_size:
+        raise UserError(f"model.vocab_size is {c.model.vocab_size}, but the data's tokenizer has {vocab_size} ids")
+
+    # ---- model and optimizer, from the run's state if it is continued
+    if world > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
+        )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
+    model_class = MODEL_CLASSES[c.model.model_type]
+    raw_model = model_class(c.model, init_seed=c.init_seed)
+    if c.from_pretrained:
+        load_pretrained(raw_model, c.from_pretrained)
+    folder = [choose_folder(c) if rank == 0 else None]
+    if world > 1:
+        dist.broadcast_object_list(folder)
+    folder = folder[0]
+    if (folder / "status").exists() and (folder / "status").read_text() == "finished\n":
+        if rank == 0:
+            print(f"{folder} holds this run, finished: nothing to do")
+        return 0
+    state = load_state(folder)
+    done = state["step"] if state else 0
+    if state:
+        raw_model.load_state_dict(state["model"])
+    raw_model.to(device)
+    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (0.9, 0.95), device.type, c.zero_stage)
+    scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+    eager = "" if c.compile else "off"
+    if c.compile:
+        eager = why_not_compile(device) or ""
+        if world > 1:  # all ranks or none: compiled and eager arithmetic differ
+            reasons = [None] * world
+            dist.all_gather_object(reasons, eager)
+            eager = next(filter(None, reasons), "")
+    model = raw_model if eager else torch.compile(raw_model, dynamic=False)
+    forward = model  # without DDP's hooks, for validation
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    precision = getattr(torch, c.dtype)
+    autocast = torch.autocast(device.type, precision) if c.dtype != "float32" else contextlib.nullcontext()
+
+    # ---- what this run will do
+    if rank == 0:
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        write_text(folder / "status", "running\n")
+        write_text(folder / "final_config.yaml", yaml.safe_dump(config_dict(c), sort_keys=False))
+        write_text(folder / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(c.model), sort_keys=False))
+        write_text(folder / "tokenizer.json", tokenizer_json.decode())
+        metrics = keep_metrics(folder / "metrics.jsonl", done)
+        metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)
+        log_file = open(folder / "main.log", "a", buffering=1)
+
+    def log(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+            print(text, file=log_file)
+
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    updates = 0 if c.inference_only else c.num_iterations
+    windows = updates * c.batch_size
+    origin = c.from_pretrained or f"seed {c.init_seed}"
+    log(f"model: {c.model.model_type}, {n_params:,} parameters, initial weights from {origin}")
+    log(
+        f"data: {train_data.n_tokens:,} training tokens in {n_windows:,} windows of {T + 1}, {n_val_windows:,} for validation"
+    )
+    log(
+        f"plan: {updates:,} updates of {c.batch_size * T:,} tokens = {windows * T:,} tokens = {windows / n_windows:.2f} epochs"
+    )
+    log(f"on: {world} x {device.type}, {n_micro} x {micro} sequences a rank and update, {c.dtype}")
+    log(f"torch.compile: {f'not used ({eager})' if eager else 'yes; the first update waits for it'}")
+    log(f"writes: {folder}" + (f", continuing after update {done}" if state else ""))
+    track = wandb_tracker(c, folder, log) if rank == 0 and c.wandb_project else None
+    if track:
+        for name in ("final_config.yaml", "model_config.yaml", "tokenizer.json"):
+            track(lambda run, name=name: run.save(folder / name, base_path=folder, policy="now"))
+
+    # ---- a signal ends the update in hand, then the run
+    received = []
+
+    def on_signal(number, _) -> None:
+        # one Ctrl-C reaches a rank twice, from the terminal and from torchrun: only a later one is the second
+        if number == signal.SIGINT and received and time.monotonic() - received[0] > 1:
+            os._exit(128 + number)
+        received.append(time.monotonic())
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+
+    def stopping() -> bool:
+        if world == 1:
+            return bool(received)
+        flag = torch.tensor(len(received))
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+    # ---- data: positions of the stream -> windows -> this rank's sequences, read one update ahead
+    seed = c.seed + (c.train_dataset_config.seed or 0)
+    reader = ThreadPoolExecutor(1)
+
+    def read_update(s: int) -> torch.Tensor:  # (per_rank, T + 1) int64
+        first = (s - 1) * c.batch_size + rank * per_rank
+        ids = window_order(
+            np.arange(first, first + per_rank), n_windows, seed, c.train_dataset_config.shuffle_each_epoch
+        )
+        batch = torch.from_numpy(train_data.windows(ids, T + 1).astype(np.int64))
+        return batch.pin_memory() if device.type == "cuda" else batch
+
+    # validation: the same windows every time, spread evenly over the split, dealt to the ranks in turn
+    n_val = min(n_val_windows, c.val_max_steps * c.batch_size)
+    val_ids = (np.arange(n_val) * n_val_windows // n_val + (c.val_dataset_config.seed or 0)) % n_val_windows
+    val_ids = val_ids[rank::world]
+    split = val_data.info.get("splits", {}).get("val", {})
+    bytes_per_token = split["bytes"] / split["tokens"] if split.get("bytes") else None
+
+    @torch.no_grad()
+    def validate() -> float:
+        """Mean loss in nats per token over the validation windows of all ranks."""
+        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
+        for i in range(0, len(val_ids), micro):
+            x = torch.zeros(micro, T + 1, dtype=torch.int64)
+            ids = val_ids[i : i + micro]
+            x[: len(ids)] = torch.from_numpy(val_data.windows(ids, T + 1).astype(np.int64))
+            y = x[:, 1:].clone()
+            y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
+            with autocast:
+                _, loss = forward(x[:, :-1].to(device), y.to(device), return_logits=False)
+            total += torch.tensor([loss.item() * len(ids) * T, len(ids) * T], dtype=torch.float64)
+        if world > 1:
+            total = total.to(device)
+            dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+    def sample(s: int) -> str:
+        """Text that the model writes after EOS; what it draws depends on sample_seed and s alone."""
+        with torch.random.fork_rng(), autocast:
+            torch.manual_seed(c.sample_seed + s)
+            start = torch.tensor([eos], device=device)
+            ids = raw_model.generate(start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
+        return tokenizer.decode([i for i in ids.tolist()[1:] if i < vocab_size], skip_special_tokens=True)
+
+    if rank == 0:
+        import tokenizers
+
+        tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
+        samples = []
+
+    # ---- metrics: losses stay on the device until they are logged
+    pending = []  # (update, learning rate, loss, gradient norm) since the last flush
+    seconds, timed = 0.0, 0  # of those updates, without evaluation and saving
+
+    def record(line: dict) -> None:
+        metrics.append(line)
+        print(json.dumps(line), file=metrics_file)
+        if track:
+            track(lambda run: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"]))
+
+    def flush() -> None:
+        nonlocal seconds, timed
+        if not pending:
+            return
+        values = torch.stack([torch.stack((loss, norm)) for _, _, loss, norm in pending])
+        if world > 1:
+            dist.all_reduce(values)  # the norm is of the reduced gradients, the same on every rank
+            values /= world
+        rate = timed * c.batch_size * T / seconds if seconds else 0.0
+        if rank == 0:
+            for (s, lr, _, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
+                line = {"step": s, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens": s * c.batch_size * T}
+                record(line | {"tokens_per_s": round(rate, 1)})
+        pending.clear()
+        seconds, timed = 0.0, 0
+
+    def save(s: int, resumable: bool) -> None:
+        """Save weights if they are to be kept, and all that a continued run needs."""
+        flush()
+        if resumable and c.zero_stage == 1 and world > 1:
+            optimizer.consolidate_state_dict(to=0)
+        if rank == 0:
+            weights = {k: v.cpu() for k, v in raw_model.state_dict().items()}
+            path = folder / "checkpoints" / f"model_step_{s}.pt"
+            if is_checkpoint(s, c) and not c.inference_only:
+                with whole_file(path) as f:
+                    torch.save(weights, f)
+                if track:
+                    track(lambda run: run.save(path, base_path=path.parent, policy="now"))
+            if resumable:
+                os.fsync(metrics_file.fileno())  # the state is never ahead of the metrics
+                state = {"step": s, "seen_tokens": s * c.batch_size * T, "model": weights}
+                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                if (folder / "resume.pt").exists():
+                    os.replace(folder / "resume.pt", folder / "resume.previous.pt")
+                with whole_file(folder / "resume.pt") as f:
+                    torch.save(state, f)
+
+    # ---- the loop: s updates are done at its top
+    start_time, batch = time.monotonic(), None
+    batch = reader.submit(read_update, done + 1) if updates else None
+    s = done
+    while True:
+        stop = stopping()
+        if s > done or not state:  # a continued run has saved this before
+            resumable = s > 0 and (stop or due(s, c.resume_every, updates) or s == updates)
+            if is_checkpoint(s, c) or resumable:
+                save(s, resumable)
+        if stop:
+            log(f"stopped by a signal after update {s}: the same command with run_dir={folder} goes on")
+            break
+        if due(s, c.val_loss_every, updates):
+            flush()
+            val_loss = validate()
+            if rank == 0:
+                line = {"step": s, "val_loss": val_loss}
+                if bytes_per_token:
+                    line["bits_per_byte"] = val_loss / math.log(2) / bytes_per_token
+                record(line)
+                bpb = f" | {line['bits_per_byte']:.4f} bits per byte" if bytes_per_token else ""
+                log(f"step {s}/{updates} | val loss {val_loss:.4f}{bpb}")
+        if rank == 0 and due(s, c.sample_every, updates):
+            samples.append([s, sample(s)])
+            log(f"step {s}/{updates} | sample:\n{samples[-1][1]}\n")
+            if track:
+                import wandb
+
+                table = wandb.Table(columns=["step", "generated text"], data=samples)
+                track(lambda run, table=table, s=s: run.log({"generation_tables": table}, step=s))
+        if s == updates:
+            break
+
+        # update s + 1
+        t0 = time.monotonic()
+        s += 1
+        sequences = batch.result()
+        batch = reader.submit(read_update, s + 1)
+        lr = learning_rate_at(s, c)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = torch.zeros((), device=device)
+        for i, part in enumerate(sequences.split(micro)):
+            x = part.to(device, non_blocking=True)
+            # gradients are summed over the ranks once an update, with the last micro-batch
+            sync = contextlib.nullcontext() if world == 1 or i == n_micro - 1 else model.no_sync()
+            with sync:
+                with autocast:
+                    _, part_loss = model(x[:, :-1], x[:, 1:], return_logits=False)
+                scaler.scale(part_loss / n_micro).backward()
+            loss += part_loss.detach() / n_micro
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append((s, lr, loss, norm.detach()))
+        if s == done + 1 or s % c.train_log_every == 0 or s == updates:
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds, timed = seconds + time.monotonic() - t0, timed + 1
+            ms, rate = 1000 * seconds / timed, timed * c.batch_size * T / seconds
+            flush()
+            if rank == 0:
+                left = timedelta(seconds=int((time.monotonic() - start_time) / (s - done) * (updates - s)))
+                m = metrics[-1]
+                log(
+                    f"step {s}/{updates} | loss {m['train_loss']:.4f} | norm {m['grad_norm']:.3f} | lr {lr:.2e} | "
+                    f"{ms:.1f} ms | {rate:,.0f} tokens/s | ETA {left}"
+                )
+        else:
+            seconds, timed = seconds + time.monotonic() - t0, timed + 1
+
+    # ---- the end
+    if rank == 0:
+        try:
+            plot_losses(metrics, folder / "loss.png")
+        except ImportError:
+            log("no loss.png: pip install matplotlib")
+        if track:
+            track(lambda run: run.finish())
+        if not stop:
+            log(f"done: {folder}")
+        write_text(folder / "status", "interrupted\n" if stop else "finished\n")
+    if world > 1:
+        dist.barrier()  # no rank leaves before rank 0 has written: the first to go may end the others
+        dist.destroy_process_group()
+    return INTERRUPTED if stop else 0
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+        print_help()
+        sys.exit(0 if len(sys.argv) > 1 else 2)
+    try:
+        sys.exit(main(sys.argv[1], sys.argv[2:]))
+    except (UserError, OSError) as e:
+        # every rank finds the same thing wrong: one says so
+        sys.exit(f"train: {e}" if os.environ.get("RANK", "0") == "0" else 1)

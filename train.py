@@ -109,8 +109,8 @@ def load_config(path, overrides=()) -> Config:
     for split, c in datasets.items():
         if c.n_ctx != shape.block_size + 1:
             raise UserError(
-                f"{split}_dataset_config.n_ctx is {c.n_ctx}, but must be {shape.block_size + 1}, the model's + 1: a window is "
-                "split into the input [:-1] and the target [1:]"
+                f"{split}_dataset_config.n_ctx is {c.n_ctx}, but must be {shape.block_size + 1}, the model's + 1: a "
+                "window is split into the input [:-1] and the target [1:]"
             )
     if config.zero_stage > 1:
         raise UserError(f"zero_stage {config.zero_stage} is not supported: use 0, or 1 to shard the optimizer's state")
@@ -176,14 +176,6 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device mps is not there: set device=cpu")
     return device
-
-
-def why_not_compile(device: torch.device) -> str | None:
-    """None if torch.compile works here, else the reason in one line."""
-    try:
-        torch.compile(torch.neg)(torch.ones(8, device=device))
-    except Exception as e:
-        return (str(e).strip().splitlines() or [type(e).__name__])[0]
 
 
 def config_dict(c: Config) -> dict:
@@ -340,7 +332,7 @@ def main(config_path: str, overrides: list[str]) -> int:
         raise UserError(f"dtype float16 needs CUDA (device is {device.type}): use bfloat16 or float32")
     if c.batch_size % world or (c.micro_batch_size and c.batch_size % (world * c.micro_batch_size)):
         raise UserError(
-            f"batch_size {c.batch_size} is not divisible by ranks x micro_batch_size, {world} x {c.micro_batch_size or 1}"
+            f"batch_size {c.batch_size} is not divisible by ranks x micro_batch_size ({world} x {c.micro_batch_size})"
         )
     per_rank = c.batch_size // world  # sequences of one rank in one update
     micro = c.micro_batch_size or per_rank  # sequences in one forward
@@ -387,20 +379,9 @@ def main(config_path: str, overrides: list[str]) -> int:
     if state:
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-    eager = "" if c.compile else "off"
-    if c.compile:
-        eager = why_not_compile(device) or ""
-        if world > 1:  # all ranks or none: compiled and eager arithmetic differ
-            reasons = [None] * world
-            dist.all_gather_object(reasons, eager)
-            eager = next(filter(None, reasons), "")
-    model = raw_model if eager else torch.compile(raw_model, dynamic=False)
-    forward = model  # without DDP's hooks, for validation
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    precision = getattr(torch, c.dtype)
-    autocast = torch.autocast(device.type, precision) if c.dtype != "float32" else contextlib.nullcontext()
+    autocast = contextlib.nullcontext()
+    if c.dtype != "float32":
+        autocast = torch.autocast(device.type, getattr(torch, c.dtype))
 
     # ---- what this run will do
     if rank == 0:
@@ -418,19 +399,13 @@ def main(config_path: str, overrides: list[str]) -> int:
             print(text, flush=True)
             print(text, file=log_file)
 
-    n_params = sum(p.numel() for p in raw_model.parameters())
     updates = 0 if c.inference_only else c.num_iterations
-    windows = updates * c.batch_size
-    origin = c.from_pretrained or f"seed {c.init_seed}"
-    log(f"model: {c.model.model_type}, {n_params:,} parameters, initial weights from {origin}")
-    log(
-        f"data: {train_data.n_tokens:,} training tokens in {n_windows:,} windows of {T + 1}, {n_val_windows:,} for validation"
-    )
-    log(
-        f"plan: {updates:,} updates of {c.batch_size * T:,} tokens = {windows * T:,} tokens = {windows / n_windows:.2f} epochs"
-    )
-    log(f"on: {world} x {device.type}, {n_micro} x {micro} sequences a rank and update, {c.dtype}")
-    log(f"torch.compile: {f'not used ({eager})' if eager else 'yes; the first update waits for it'}")
+    tokens, epochs = updates * c.batch_size * T, updates * c.batch_size / n_windows
+    n_params = sum(p.numel() for p in raw_model.parameters())
+    log(f"model: {c.model.model_type}, {n_params:,} parameters, from {c.from_pretrained or f'seed {c.init_seed}'}")
+    log(f"data: {train_data.n_tokens:,} tokens, {n_windows:,} windows of {T + 1}; for validation {n_val_windows:,}")
+    log(f"plan: {updates:,} updates of {c.batch_size * T:,} tokens: {tokens:,} tokens, {epochs:.2f} epochs")
+    log(f"on: {world} x {device.type}, {c.dtype}, {n_micro} x {micro} sequences a rank and update")
     log(f"writes: {folder}" + (f", continuing after update {done}" if state else ""))
     track = wandb_tracker(c, folder, log) if rank == 0 and c.wandb_project else None
     if track:
@@ -455,6 +430,34 @@ def main(config_path: str, overrides: list[str]) -> int:
         flag = torch.tensor(len(received))
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag.item())
+
+    # ---- compile, now rather than at update 1, so that the wait is announced and a failure is not the end
+    model = raw_model
+    if c.compile:
+        log("torch.compile: compiling, which can take a minute ...")
+        began, failure = time.monotonic(), ""
+        try:
+            model = torch.compile(raw_model, dynamic=False)
+            x = torch.zeros(micro, T, dtype=torch.int64, device=device)
+            with autocast:
+                _, loss = model(x, x, return_logits=False)
+            loss.backward()
+            optimizer.zero_grad(set_to_none=True)
+        except Exception as e:
+            failure = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        failures = [failure]
+        if world > 1:  # all ranks or none: compiled and eager arithmetic differ
+            failures = [None] * world
+            dist.all_gather_object(failures, failure)
+        if any(failures):
+            log(f"torch.compile does not work here ({max(failures)}): training goes on without it, slower")
+            model = raw_model
+        else:
+            log(f"torch.compile: done in {time.monotonic() - began:.0f} s")
+    forward = model  # without DDP's hooks, for validation
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ---- data: positions of the stream -> windows -> this rank's sequences, read one update ahead
     seed = c.seed + (c.train_dataset_config.seed or 0)
@@ -526,8 +529,13 @@ def main(config_path: str, overrides: list[str]) -> int:
             dist.all_reduce(values)  # the norm is of the reduced gradients, the same on every rank
             values /= world
         rate = timed * c.batch_size * T / seconds if seconds else 0.0
-        if rank == 0:
-            for (s, lr, _, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
+        for (s, lr, _, _), (loss, norm) in zip(pending, values.tolist(), strict=True):
+            if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                raise UserError(
+                    f"update {s} has loss {loss} and gradient norm {norm}: the weights were left as they were before; "
+                    "a lower learning_rate, a longer warmup_iters or dtype float32 may help"
+                )
+            if rank == 0:
                 line = {"step": s, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens": s * c.batch_size * T}
                 record(line | {"tokens_per_s": round(rate, 1)})
         pending.clear()
@@ -556,7 +564,8 @@ def main(config_path: str, overrides: list[str]) -> int:
                     torch.save(state, f)
 
     # ---- the loop: s updates are done at its top
-    start_time, batch = time.monotonic(), None
+    start_time = time.monotonic()
+    not_finite = torch.zeros((), device=device)
     batch = reader.submit(read_update, done + 1) if updates else None
     s = done
     while True:
@@ -609,6 +618,11 @@ def main(config_path: str, overrides: list[str]) -> int:
             loss += part_loss.detach() / n_micro
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), c.grad_clip or math.inf)
+        if not scaler.is_enabled():
+            # AdamW's fused kernel leaves the weights alone from the first update that is not finite, and flush() ends
+            # the run: no wait for the device to look at the norm each time
+            not_finite = torch.maximum(not_finite, (~(norm + loss).isfinite()).float())
+            getattr(optimizer, "optim", optimizer).found_inf = not_finite
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

@@ -684,14 +684,19 @@ class Shards:
         self.maps = [np.memmap(f, "<u2", "r", HEADER_BYTES, (n,)) for f, n in counts.items()]
         self.n_tokens = int(self.starts[-1])
 
+    def locate(self, token: int) -> tuple[int, int]:
+        """(shard, offset in tokens) of the stream's token number `token`."""
+        shard = int(np.searchsorted(self.starts, token, side="right")) - 1
+        return shard, token - int(self.starts[shard])
+
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, uint16; they may lie in several shards."""
-        i = int(np.searchsorted(self.starts, start, side="right")) - 1
-        parts = []
-        while start < stop:
-            end = min(stop, int(self.starts[i + 1]))
-            parts.append(self.maps[i][start - int(self.starts[i]) : end - int(self.starts[i])])
-            start, i = end, i + 1
+        shard, at = self.locate(start)
+        parts, left = [], stop - start
+        while left > 0:
+            parts.append(self.maps[shard][at : at + left])
+            left -= len(parts[-1])
+            shard, at = shard + 1, 0
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def windows(self, ids, length: int) -> np.ndarray:
@@ -997,6 +1002,42 @@ def prepare_folder(folder: Path, configs, opened, encoder, progress: dict, worke
         print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
 
 
+def verify(folder: Path, prepare: str) -> None:
+    """Read again all that dataset.json vouches for; UserError names the first thing that is wrong."""
+    if not (folder / "dataset.json").exists():
+        raise UserError(f"{folder} is not prepared: run {prepare}")
+    info = json.loads((folder / "dataset.json").read_text())
+    again = f"delete {folder} and run {prepare}"
+    if sha256_file(folder / "tokenizer.json") != info["tokenizer"]["sha256"]:
+        raise UserError(f"{folder / 'tokenizer.json'} is not the one that encoded the shards: {again}")
+    vocab_size, eos = info["tokenizer"]["vocab_size"], info["tokenizer"]["eos_token_id"]
+    for split, about in info["splits"].items():
+        data = Shards(folder, split, prepare)
+        for path, tokens, entry in zip(data.files, data.maps, about["shards"], strict=True):
+            if len(tokens) != entry["tokens"] or sha256_file(path) != entry["sha256"]:
+                raise UserError(f"the shard {path} has changed since it was written: {again}")
+            if tokens.max() >= vocab_size:
+                raise UserError(
+                    f"the shard {path} holds id {tokens.max()}, outside the vocabulary of {vocab_size}: {again}"
+                )
+            ends = int(np.count_nonzero(tokens == eos))
+            if ends != entry["documents"] and not info["source"][split]["is_tokenized"]:
+                raise UserError(f"the shard {path} has {ends} EOS for {entry['documents']} documents: {again}")
+        print(f"{folder}: {split} is sound, {about['tokens']:,} tokens in {len(data.files)} shards")
+
+
+def peek(folder: Path, split: str, n: int, prepare: str) -> None:
+    """Print the first n documents of a split as a model sees them: the text of their ids."""
+    import tokenizers
+
+    data = Shards(folder, split, prepare)
+    tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokens = data.tokens(0, min(data.n_tokens, 1 << 24))
+    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:n] + 1
+    for i, ids in enumerate(np.split(tokens[: ends[-1]] if len(ends) else tokens, ends[:-1]), 1):
+        print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
+
+
 def trained_encoder(folder: Path, c: DatasetConfig, opened) -> TextEncoder:
     """A byte-level BPE trained on the rows of the train split, or the one that an earlier preparation trained."""
     path = folder / "tokenizer.json"
@@ -1016,6 +1057,8 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that encode (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100M)")
+    parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
+    parser.add_argument("--peek", type=int, metavar="N", help="print the first N documents of each split, decoded")
     args = parser.parse_intermixed_args()
     try:
         if args.workers < 1 or args.shard_tokens < 1:
@@ -1024,7 +1067,15 @@ def main() -> None:
         model = config.get("model")
         vocab_size = model.get("vocab_size") if isinstance(model, dict) else None
         vocab_size = convert(vocab_size, int | None, "model.vocab_size")
-        prepare(dataset_configs(config), vocab_size, args.workers, args.shard_tokens)
+        sections, command = dataset_configs(config), f"python prepare_data.py {args.config}"
+        if args.verify:
+            for folder in dict.fromkeys(c.folder() for c in sections.values()):
+                verify(folder, command)
+        elif args.peek:
+            for split, c in sections.items():
+                peek(c.folder(), split, args.peek, command)
+        else:
+            prepare(sections, vocab_size, args.workers, args.shard_tokens)
     except UserError as e:
         sys.exit(f"prepare_data: {e}")
     except OSError as e:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
-from prepare_data import UserError, load_encoder
+from prepare_data import DatasetConfig, Shards, UserError, build, load_encoder, window_order
 
 
 @dataclass
@@ -102,6 +103,32 @@ class PretrainRunInfo:
         raise UserError(f"{self.folder} has no tokenizer.json and its config names no hf_tokenizer_path")
 
 
+def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
+    """What update number `update` (1, 2, ...) saw, read from the shards alone, in the order of the stream.
+
+    position, window (B,): place in the training stream and number of the window; shard (B,): the file in which the
+    window begins; offset (B,): its first token there; tokens (B, n_ctx) uint16. Raises UserError without the shards.
+    """
+    c, section = (
+        info.config_dict,
+        build(DatasetConfig, info.config_dict["train_dataset_config"], "train_dataset_config."),
+    )
+    if not 1 <= update <= c["num_iterations"]:
+        raise UserError(f"update {update} is not one of this run's: they go from 1 to {c['num_iterations']}")
+    data = Shards(section.folder(), "train", f"python prepare_data.py {info.folder / 'final_config.yaml'}")
+    position = np.arange((update - 1) * c["batch_size"], update * c["batch_size"])
+    seed = c["seed"] + (section.seed or 0)
+    window = window_order(position, data.n_tokens // section.n_ctx, seed, section.shuffle_each_epoch)
+    places = [data.locate(int(w) * section.n_ctx) for w in window]
+    return {
+        "position": position,
+        "window": window,
+        "shard": np.array([data.files[shard].name for shard, _ in places]),
+        "offset": np.array([offset for _, offset in places]),
+        "tokens": data.windows(window, section.n_ctx),
+    }
+
+
 class RunNotFound(UserError, FileNotFoundError):
     """There is no run, or no such checkpoint, at the path given."""
 
@@ -119,9 +146,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Show a trained run.")
     parser.add_argument("run", help="a run folder or a checkpoint")
     parser.add_argument("--step", type=int, help="the checkpoint after so many updates (default: the last)")
+    parser.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
     args = parser.parse_args()
     try:
         info = PretrainRunInfo.from_path(args.run, args.step)
+        if args.data is not None:
+            tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
+            for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
+                text = tok.decode(tokens.tolist(), skip_special_tokens=False)
+                print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
+            return
         model, tokenizer = info.load_model(), info.load_tokenizer()
     except UserError as e:
         sys.exit(f"run_info: {e}")

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin
 
 import numpy as np
 import torch
@@ -123,7 +123,8 @@ def print_help() -> None:
     for title, cls in (("", Config), ("train_dataset_config, val_dataset_config", DatasetConfig)):
         print(f"keys{' of ' + title if title else ''}:")
         for f in dataclasses.fields(cls):
-            kind = getattr(f.type, "__name__", str(f.type).replace("typing.", ""))
+            kind = " | ".join(map(str, get_args(f.type))) if get_origin(f.type) is Literal else f.type
+            kind = getattr(kind, "__name__", str(kind))
             default = "required" if f.default is dataclasses.MISSING else f"default {json.dumps(f.default)}"
             print(f"  {f.name} ({kind}, {default}): {f.metadata['help']}")
     for name, cls in MODEL_CLASSES.items():
@@ -533,7 +534,7 @@ def main(config_path: str, overrides: list[str]) -> int:
             if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
                 raise UserError(
                     f"update {s} has loss {loss} and gradient norm {norm}: the weights were left as they were before; "
-                    "a lower learning_rate, a longer warmup_iters or dtype float32 may help"
+                    f"python run_info.py {folder} --data {s} shows its data; a lower learning_rate may help"
                 )
             if rank == 0:
                 line = {"step": s, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens": s * c.batch_size * T}

@@ -20,8 +20,10 @@ import gzip
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
+import resource
 import sys
 import sysconfig
 import time
@@ -123,7 +125,16 @@ def convert(value, kind, name: str):
                 return number
             if int in kinds and number.is_integer():
                 return int(number)
-    words = {int: "a whole number", float: "a finite number", str: "text", bool: "true or false", type(None): "null"}
+    if list[int] in kinds and isinstance(value, list) and all(type(v) is int for v in value):
+        return value
+    words = {
+        list[int]: "a list of whole numbers",
+        int: "a whole number",
+        float: "a finite number",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }
     raise UserError(f"{name} must be {' or '.join(words[k] for k in kinds)}, not {value!r}")
 
 
@@ -680,9 +691,23 @@ class Shards:
             if not f.exists():
                 raise UserError(f"the shard {f} is gone: delete {folder} and run {prepare}")
         counts = {f: n for f in self.files if (n := read_header(f))}
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if len(counts) + 256 > soft:  # a memory map keeps its file open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(counts) + 256, hard), hard))
         self.starts = np.cumsum([0, *counts.values()])  # the stream's token at which each shard starts
         self.maps = [np.memmap(f, "<u2", "r", HEADER_BYTES, (n,)) for f, n in counts.items()]
+        for tokens in self.maps:  # windows lie anywhere: to read ahead would read 128 KB for each 1 KB
+            tokens._mmap.madvise(mmap.MADV_RANDOM)
         self.n_tokens = int(self.starts[-1])
+        self.files = list(counts)
+        self.stamps = [self.stamp(f) for f in counts]
+
+    @staticmethod
+    def stamp(path: Path):
+        """What tells that a file is still the one that was opened; None if it is gone."""
+        with contextlib.suppress(OSError):
+            about = path.stat()
+            return about.st_ino, about.st_size, about.st_mtime_ns
 
     def locate(self, token: int) -> tuple[int, int]:
         """(shard, offset in tokens) of the stream's token number `token`."""
@@ -701,6 +726,11 @@ class Shards:
 
     def windows(self, ids, length: int) -> np.ndarray:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
+        for shard in {self.locate(int(w) * length)[0] for w in ids}:
+            if self.stamp(self.files[shard]) != self.stamps[shard]:
+                raise UserError(
+                    f"the shard {self.files[shard]} changed or vanished while it was in use: prepare it again"
+                )
         out = np.empty((len(ids), length), np.uint16)
         for row, w in enumerate(ids):
             out[row] = self.tokens(int(w) * length, int(w + 1) * length)

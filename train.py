@@ -15,6 +15,7 @@ import math
 import os
 import secrets
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from prepare_data import (
     key,
     load_encoder,
     read_config,
+    sha256_file,
     whole_file,
     window_order,
     write_text,
@@ -65,6 +67,9 @@ class Config:
     val_max_steps: int = key("most batches of batch_size windows in a validation", low=1)
     sample_every: int = key("updates between samples of text; 0: none", low=0)
     intermediate_checkpoints: bool = key("keep weights at 0, 1, 2, 4 ... 512, 1000, 2000 ...; false: the last only")
+    checkpoint_steps: list[int] | None = key("keep weights at these updates too", None)
+    checkpoint_every: int = key("keep weights every so many updates too; 0: do not", 0, low=0)
+    keep_optimizer: bool = key("beside model_step_N.pt, keep the optimizer's state: optim_step_N.pt", False)
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
     train_log_every: int = key("updates between lines on the console", 100, low=1)
     micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
@@ -148,7 +153,8 @@ def learning_rate_at(s: int, c: Config) -> float:
 def is_checkpoint(s: int, c: Config) -> bool:
     """Whether the weights after s updates are kept."""
     early = s < 1000 and s & (s - 1) == 0  # 0, 1, 2, 4 ... 512
-    return s == c.num_iterations or (c.intermediate_checkpoints and (early or s % 1000 == 0))
+    asked = s in (c.checkpoint_steps or ()) or (c.checkpoint_every and s % c.checkpoint_every == 0)
+    return bool(s == c.num_iterations or asked or (c.intermediate_checkpoints and (early or s % 1000 == 0)))
 
 
 def due(s: int, every: int, last: int) -> bool:
@@ -267,6 +273,13 @@ def load_pretrained(model, path: str) -> None:
     model.load_state_dict(state)
 
 
+def sample_table(samples: list):
+    """The samples so far, [[step, text], ...], as a W&B table."""
+    import wandb
+
+    return wandb.Table(columns=["step", "generated text"], data=samples)
+
+
 def wandb_tracker(c: Config, folder: Path, log):
     """A function that hands the W&B run to an action. W&B never stops training: after a failure it does nothing."""
     failed = False
@@ -293,6 +306,38 @@ def wandb_tracker(c: Config, folder: Path, log):
         failed = True
         log(f"W&B failed ({type(e).__name__}: {e}); training goes on without it")
     return track
+
+
+def host_copy(x, copies: dict):
+    """`x` (tensors within dicts, lists, tuples) copied to host memory; what shared memory goes on sharing it."""
+    if isinstance(x, torch.Tensor):
+        if x.data_ptr() not in copies:
+            copies[x.data_ptr()] = x.detach().to("cpu", copy=True)
+        return copies[x.data_ptr()]
+    if isinstance(x, dict):
+        return {k: host_copy(v, copies) for k, v in x.items()}
+    return type(x)(host_copy(v, copies) for v in x) if isinstance(x, (list, tuple)) else x
+
+
+def environment(data: Shards, world: int, device: torch.device) -> tuple[dict, str]:
+    """What a run depends on besides its config, and the uncommitted changes to the code as a diff."""
+
+    def git(*args) -> str | None:
+        try:
+            here = Path(__file__).parent
+            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None  # no git, or no repository: a copied folder will do
+
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD") or ""
+    about = {"started": datetime.now().isoformat(timespec="seconds"), "command": sys.argv, "ranks": world}
+    about |= {"git_commit": commit and commit.strip(), "git_dirty": None if commit is None else bool(diff)}
+    about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
+    about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    about["cpu_threads"] = torch.get_num_threads()
+    if (data.folder / "dataset.json").exists():
+        about["dataset_sha256"] = sha256_file(data.folder / "dataset.json")
+    return about, diff
 
 
 def plot_losses(metrics: list[dict], path: Path) -> None:
@@ -323,11 +368,35 @@ INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same comman
 
 
 def main(config_path: str, overrides: list[str]) -> int:
-    # ---- set-up: everything that can be wrong is found before anything is written
-    c = load_config(config_path, overrides)
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
+
+    # ---- a signal ends the update in hand, then the run; before the first update it ends the run at once
+    signals = []  # the times at which one came
+    looping = False
+
+    def on_signal(number, _) -> None:
+        # one Ctrl-C reaches a rank twice, from the terminal and from torchrun: only a later one is the second
+        again = number == signal.SIGINT and signals and time.monotonic() - signals[0] > 1
+        signals.append(time.monotonic())
+        if again or not looping:
+            if rank == 0:
+                print("train: stopped by a signal; what was saved before is kept", file=sys.stderr, flush=True)
+            os._exit(INTERRUPTED)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, on_signal)
+
+    def stopping() -> bool:
+        """Whether a signal has reached any rank. All ranks ask at the same places, and so agree."""
+        flag = torch.tensor(len(signals))
+        if world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    # ---- set-up: everything that can be wrong is found before anything is written
+    c = load_config(config_path, overrides)
     device = choose_device(c.device, local_rank)
     if c.dtype == "float16" and device.type != "cuda":
         raise UserError(f"dtype float16 needs CUDA (device is {device.type}): use bfloat16 or float32")
@@ -391,6 +460,12 @@ def main(config_path: str, overrides: list[str]) -> int:
         write_text(folder / "final_config.yaml", yaml.safe_dump(config_dict(c), sort_keys=False))
         write_text(folder / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(c.model), sort_keys=False))
         write_text(folder / "tokenizer.json", tokenizer_json.decode())
+        about, diff = environment(train_data, world, device)
+        if (folder / "environment.json").exists():
+            about["before"] = json.loads((folder / "environment.json").read_text())
+        write_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
+        if diff:
+            write_text(folder / "git.diff", diff)
         metrics = keep_metrics(folder / "metrics.jsonl", done)
         metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)
         log_file = open(folder / "main.log", "a", buffering=1)
@@ -413,25 +488,6 @@ def main(config_path: str, overrides: list[str]) -> int:
         for name in ("final_config.yaml", "model_config.yaml", "tokenizer.json"):
             track(lambda run, name=name: run.save(folder / name, base_path=folder, policy="now"))
 
-    # ---- a signal ends the update in hand, then the run
-    received = []
-
-    def on_signal(number, _) -> None:
-        # one Ctrl-C reaches a rank twice, from the terminal and from torchrun: only a later one is the second
-        if number == signal.SIGINT and received and time.monotonic() - received[0] > 1:
-            os._exit(128 + number)
-        received.append(time.monotonic())
-
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, on_signal)
-
-    def stopping() -> bool:
-        if world == 1:
-            return bool(received)
-        flag = torch.tensor(len(received))
-        dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.item())
-
     # ---- compile, now rather than at update 1, so that the wait is announced and a failure is not the end
     model = raw_model
     if c.compile:
@@ -440,9 +496,11 @@ def main(config_path: str, overrides: list[str]) -> int:
         try:
             model = torch.compile(raw_model, dynamic=False)
             x = torch.zeros(micro, T, dtype=torch.int64, device=device)
-            with autocast:
-                _, loss = model(x, x, return_logits=False)
-            loss.backward()
+            for training in (True, False):
+                with autocast, torch.set_grad_enabled(training):
+                    _, loss = model(x, x, return_logits=False)
+                if training:
+                    loss.backward()
             optimizer.zero_grad(set_to_none=True)
         except Exception as e:
             failure = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -461,48 +519,51 @@ def main(config_path: str, overrides: list[str]) -> int:
         model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ---- data: positions of the stream -> windows -> this rank's sequences, read one update ahead
-    seed = c.seed + (c.train_dataset_config.seed or 0)
+    seed, shuffle_each_epoch = c.seed + (c.train_dataset_config.seed or 0), c.train_dataset_config.shuffle_each_epoch
     reader = ThreadPoolExecutor(1)
 
-    def read_update(s: int) -> torch.Tensor:  # (per_rank, T + 1) int64
+    def tensors(windows: np.ndarray):  # (n, T + 1) -> x, y (n, T) int64
+        x, y = (torch.from_numpy(z.astype(np.int64)) for z in (windows[:, :-1], windows[:, 1:]))
+        return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
+
+    def read_update(s: int):
         first = (s - 1) * c.batch_size + rank * per_rank
-        ids = window_order(
-            np.arange(first, first + per_rank), n_windows, seed, c.train_dataset_config.shuffle_each_epoch
-        )
-        batch = torch.from_numpy(train_data.windows(ids, T + 1).astype(np.int64))
-        return batch.pin_memory() if device.type == "cuda" else batch
+        positions = np.arange(first, first + per_rank)
+        return tensors(train_data.windows(window_order(positions, n_windows, seed, shuffle_each_epoch), T + 1))
 
     # validation: the same windows every time, spread evenly over the split, dealt to the ranks in turn
     n_val = min(n_val_windows, c.val_max_steps * c.batch_size)
     val_ids = (np.arange(n_val) * n_val_windows // n_val + (c.val_dataset_config.seed or 0)) % n_val_windows
-    val_ids = val_ids[rank::world]
     split = val_data.info.get("splits", {}).get("val", {})
     bytes_per_token = split["bytes"] / split["tokens"] if split.get("bytes") else None
 
     @torch.no_grad()
-    def validate() -> float:
-        """Mean loss in nats per token over the validation windows of all ranks."""
+    def validate() -> float | None:
+        """Mean loss in nats per token over the validation windows of all ranks; None if a signal came."""
         total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
-        for i in range(0, len(val_ids), micro):
-            x = torch.zeros(micro, T + 1, dtype=torch.int64)
-            ids = val_ids[i : i + micro]
-            x[: len(ids)] = torch.from_numpy(val_data.windows(ids, T + 1).astype(np.int64))
-            y = x[:, 1:].clone()
-            y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
-            with autocast:
-                _, loss = forward(x[:, :-1].to(device), y.to(device), return_logits=False)
-            total += torch.tensor([loss.item() * len(ids) * T, len(ids) * T], dtype=torch.float64)
+        for i in range(0, n_val, micro * world):
+            if stopping():
+                return None
+            ids = val_ids[i + rank : i + micro * world : world]
+            if len(ids):
+                x, y = tensors(val_data.windows(np.resize(ids, micro), T + 1))
+                y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
+                with autocast:
+                    _, loss = forward(x.to(device), y.to(device), return_logits=False)
+                total += torch.tensor([loss.item() * len(ids) * T, len(ids) * T], dtype=torch.float64)
         if world > 1:
-            total = total.to(device)
             dist.all_reduce(total)
         return (total[0] / total[1]).item()
 
-    def sample(s: int) -> str:
-        """Text that the model writes after EOS; what it draws depends on sample_seed and s alone."""
-        with torch.random.fork_rng(), autocast:
+    def sample(s: int) -> str | None:
+        """Text that the model writes after EOS, drawn by sample_seed and s alone; None if a signal came."""
+        ids = torch.tensor([eos], device=device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
             torch.manual_seed(c.sample_seed + s)
-            start = torch.tensor([eos], device=device)
-            ids = raw_model.generate(start, SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
+            while len(ids) <= SAMPLE_TOKENS and not (len(ids) > 1 and ids[-1] == eos):
+                if signals:
+                    return None
+                ids = raw_model.generate(ids, 8, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
         return tokenizer.decode([i for i in ids.tolist()[1:] if i < vocab_size], skip_special_tokens=True)
 
     if rank == 0:
@@ -542,79 +603,102 @@ def main(config_path: str, overrides: list[str]) -> int:
         pending.clear()
         seconds, timed = 0.0, 0
 
+    # ---- saving: a copy is taken here, a thread writes it
+    writer, writing = ThreadPoolExecutor(1), []
+
+    def write(s: int, weights: dict, optimizer_state: dict | None, resumable: bool) -> None:
+        path = folder / "checkpoints" / f"model_step_{s}.pt"
+        if is_checkpoint(s, c):
+            with whole_file(path) as f:
+                torch.save(weights, f)
+            if track:
+                track(lambda run: run.save(path, base_path=path.parent, policy="now"))
+            if c.keep_optimizer:
+                with whole_file(path.with_name(f"optim_step_{s}.pt")) as f:
+                    torch.save(optimizer_state, f)
+        if resumable:
+            state = {"step": s, "seen_tokens": s * c.batch_size * T, "model": weights}
+            state |= {"optimizer": optimizer_state, "scaler": scaler.state_dict()}
+            new = folder / "resume.new.pt"
+            with whole_file(new) as f:
+                torch.save(state, f)
+            if (folder / "resume.pt").exists():
+                os.replace(folder / "resume.pt", folder / "resume.previous.pt")
+            os.replace(new, folder / "resume.pt")
+
+    def settle() -> bool:
+        """Wait for what is being written; whether all of it is on disk."""
+        try:
+            while writing:
+                writing.pop().result()
+            return True
+        except OSError as e:
+            log(f"could not save ({e.strerror}: {e.filename}): training goes on, the next save may succeed")
+            return False
+
     def save(s: int, resumable: bool) -> None:
         """Save weights if they are to be kept, and all that a continued run needs."""
         flush()
-        if resumable and c.zero_stage == 1 and world > 1:
+        with_optimizer = resumable or (c.keep_optimizer and is_checkpoint(s, c))
+        if with_optimizer and c.zero_stage == 1 and world > 1:
             optimizer.consolidate_state_dict(to=0)
         if rank == 0:
-            weights = {k: v.cpu() for k, v in raw_model.state_dict().items()}
-            path = folder / "checkpoints" / f"model_step_{s}.pt"
-            if is_checkpoint(s, c) and not c.inference_only:
-                with whole_file(path) as f:
-                    torch.save(weights, f)
-                if track:
-                    track(lambda run: run.save(path, base_path=path.parent, policy="now"))
+            settle()
             if resumable:
                 os.fsync(metrics_file.fileno())  # the state is never ahead of the metrics
-                state = {"step": s, "seen_tokens": s * c.batch_size * T, "model": weights}
-                state |= {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                if (folder / "resume.pt").exists():
-                    os.replace(folder / "resume.pt", folder / "resume.previous.pt")
-                with whole_file(folder / "resume.pt") as f:
-                    torch.save(state, f)
+            weights = host_copy(raw_model.state_dict(), {})
+            optimizer_state = host_copy(optimizer.state_dict(), {}) if with_optimizer else None
+            writing.append(writer.submit(write, s, weights, optimizer_state, resumable))
 
     # ---- the loop: s updates are done at its top
     start_time = time.monotonic()
     not_finite = torch.zeros((), device=device)
     batch = reader.submit(read_update, done + 1) if updates else None
-    s = done
+    s, saved = done, done if state else None
+    looping = True
     while True:
-        stop = stopping()
-        if s > done or not state:  # a continued run has saved this before
-            resumable = s > 0 and (stop or due(s, c.resume_every, updates) or s == updates)
-            if is_checkpoint(s, c) or resumable:
-                save(s, resumable)
-        if stop:
-            log(f"stopped by a signal after update {s}: the same command with run_dir={folder} goes on")
-            break
+        # save first: an evaluation that fails loses nothing
+        resumable = s > 0 and (due(s, c.resume_every, updates) or s == updates)
+        if s != saved and not c.inference_only and (is_checkpoint(s, c) or resumable):
+            save(s, resumable)
+            saved = s if resumable else saved
         if due(s, c.val_loss_every, updates):
             flush()
             val_loss = validate()
-            if rank == 0:
+            if rank == 0 and val_loss is not None:
                 line = {"step": s, "val_loss": val_loss}
                 if bytes_per_token:
                     line["bits_per_byte"] = val_loss / math.log(2) / bytes_per_token
                 record(line)
                 bpb = f" | {line['bits_per_byte']:.4f} bits per byte" if bytes_per_token else ""
                 log(f"step {s}/{updates} | val loss {val_loss:.4f}{bpb}")
-        if rank == 0 and due(s, c.sample_every, updates):
-            samples.append([s, sample(s)])
-            log(f"step {s}/{updates} | sample:\n{samples[-1][1]}\n")
+        if rank == 0 and due(s, c.sample_every, updates) and (text := sample(s)) is not None:
+            log(f"step {s}/{updates} | sample:\n{text}\n")
+            samples.append([s, text])
             if track:
-                import wandb
-
-                table = wandb.Table(columns=["step", "generated text"], data=samples)
-                track(lambda run, table=table, s=s: run.log({"generation_tables": table}, step=s))
-        if s == updates:
+                track(lambda run, s=s: run.log({"generation_tables": sample_table(samples)}, step=s))
+        stop = stopping()
+        if stop and s not in (0, saved):
+            save(s, True)
+        if stop or s == updates:
             break
 
         # update s + 1
         t0 = time.monotonic()
         s += 1
-        sequences = batch.result()
+        x, y = batch.result()
         batch = reader.submit(read_update, s + 1)
         lr = learning_rate_at(s, c)
         for group in optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=device)
-        for i, part in enumerate(sequences.split(micro)):
-            x = part.to(device, non_blocking=True)
+        for i in range(n_micro):
+            part = slice(i * micro, (i + 1) * micro)
+            x_part, y_part = x[part].to(device, non_blocking=True), y[part].to(device, non_blocking=True)
             # gradients are summed over the ranks once an update, with the last micro-batch
-            sync = contextlib.nullcontext() if world == 1 or i == n_micro - 1 else model.no_sync()
-            with sync:
+            with contextlib.nullcontext() if world == 1 or i == n_micro - 1 else model.no_sync():
                 with autocast:
-                    _, part_loss = model(x[:, :-1], x[:, 1:], return_logits=False)
+                    _, part_loss = model(x_part, y_part, return_logits=False)
                 scaler.scale(part_loss / n_micro).backward()
             loss += part_loss.detach() / n_micro
         scaler.unscale_(optimizer)
@@ -644,21 +728,26 @@ def main(config_path: str, overrides: list[str]) -> int:
         else:
             seconds, timed = seconds + time.monotonic() - t0, timed + 1
 
-    # ---- the end
+    # ---- the end: everything is on disk before the run says so
+    on_disk = True
     if rank == 0:
+        on_disk = settle()
         try:
             plot_losses(metrics, folder / "loss.png")
         except ImportError:
             log("no loss.png: pip install matplotlib")
         if track:
             track(lambda run: run.finish())
-        if not stop:
+        if on_disk and stop:
+            write_text(folder / "status", "interrupted\n")
+            log(f"stopped by a signal after update {s}: the same command with run_dir={folder} goes on")
+        elif on_disk:
+            write_text(folder / "status", "finished\n")
             log(f"done: {folder}")
-        write_text(folder / "status", "interrupted\n" if stop else "finished\n")
     if world > 1:
         dist.barrier()  # no rank leaves before rank 0 has written: the first to go may end the others
         dist.destroy_process_group()
-    return INTERRUPTED if stop else 0
+    return INTERRUPTED if stop and on_disk else int(not on_disk)
 
 
 if __name__ == "__main__":
@@ -670,3 +759,7 @@ if __name__ == "__main__":
     except (UserError, OSError) as e:
         # every rank finds the same thing wrong: one says so
         sys.exit(f"train: {e}" if os.environ.get("RANK", "0") == "0" else 1)
+    except RuntimeError as e:
+        if dist.is_initialized() and "peer" in str(e):  # gloo's word for a rank that is gone
+            sys.exit(f"train: rank {os.environ['RANK']} lost another rank: the run ends; the same command goes on")
+        raise

@@ -1,4 +1,4 @@
-"""What the tests share: scripts run as a user runs them, tiny corpora, tiny tokenizers, folders compared byte by byte."""
+"""What the tests share: scripts run as a user runs them, tiny corpora and tokenizers, folders read byte by byte."""
 
 import gzip
 import hashlib

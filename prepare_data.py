@@ -29,6 +29,7 @@ import sysconfig
 import time
 import types
 import typing
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +64,9 @@ class DatasetConfig:
     column_name: str = key("column that holds the text, or the token ids", "text")
     is_tokenized: bool = key("rows are token ids already: kept whole, no EOS added", False)
     hf_tokenizer_path: str | None = key("gpt2, a hub id, or a tokenizer.json", None)
-    train_tokenizer_vocab_size: int | None = key("instead: train a byte-level BPE of this size", None, low=257)
+    train_tokenizer_vocab_size: int | None = key(
+        "instead: train a byte-level BPE of this size", None, low=257, high=65536
+    )
     streaming: bool = key("accepted, as in SPD's files: preparation always streams", False)
     seed: int | None = key("train: added to the top-level seed; val: rotates which windows are used", None, low=0)
     n_ctx: int = key("tokens in a window: the model's n_ctx + 1", low=2)
@@ -178,6 +181,8 @@ def dataset_configs(config: dict) -> dict[str, DatasetConfig]:
             near = difflib.get_close_matches(name, map(str, config), n=1)
             raise UserError(f"missing key {name}: the {split} data" + (f" ({near[0]} is unknown)" if near else ""))
         sections[split] = build(DatasetConfig, config[name], f"{name}.")
+        if not sections[split].name:
+            raise UserError(f"{name}.name is empty: name a dataset, a file or python-stdlib")
     train, val = sections["train"], sections["val"]
     tokenizer_keys = "hf_tokenizer_path", "train_tokenizer_vocab_size"
     if not any(getattr(val, k) for k in tokenizer_keys):
@@ -293,20 +298,42 @@ def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
 
     try:
         tok = tokenizers.Tokenizer.from_str(data.decode())
+        reader = tokenizers.Tokenizer.from_str(without_special_words(data))
     except Exception as e:
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
-    tok.no_truncation()
-    tok.no_padding()
-    tok.encode_special_tokens = True  # '[EOS]' in a document is text
+    reader.no_truncation()
+    reader.no_padding()
+    reader.encode_special_tokens = True  # '[EOS]' in a document is text
     names = [eos["content"] if isinstance(eos, dict) else eos] if eos else EOS_NAMES
     found = [i for i in map(tok.token_to_id, names) if i is not None]
     if not found:
         raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
 
     def encode_batch(texts):
-        return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
+        return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
 
     return TextEncoder(name, data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
+
+
+def without_special_words(data: bytes) -> str:
+    """A tokenizer.json whose model cannot find a special token in text, as WordLevel and Unigram can: '</s>' is a word
+    of their vocabulary. Such words get a name that no text has."""
+    tok = json.loads(data)
+    model, special = tok["model"], {t["content"] for t in tok["added_tokens"] if t["special"]}
+    if model.get("type") not in ("WordLevel", "WordPiece", "Unigram"):
+        return data.decode()
+
+    def hidden(word):
+        return f"\U0010ffff{word}" if word in special else word
+
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {hidden(word): i for word, i in model["vocab"].items()}
+        model["unk_token"] = hidden(model["unk_token"])
+    else:
+        model["vocab"] = [[hidden(word), score] for word, score in model["vocab"]]
+    tok["added_tokens"] = [t for t in tok["added_tokens"] if not t["special"]]
+    tok["post_processor"] = None  # it may name them, and is not asked
+    return json.dumps(tok)
 
 
 def gpt2_encoder() -> TextEncoder:
@@ -397,7 +424,7 @@ class Files:
             try:
                 with self.open(path) as f:
                     f.read(1)
-            except (OSError, EOFError) as e:
+            except (OSError, EOFError, zlib.error) as e:
                 raise UserError(f"cannot read {path}: {getattr(e, 'strerror', None) or e}") from e
         if not any(path.stat().st_size for path in files):
             raise UserError(f"{files[0]} is empty: it must hold at least one document")
@@ -417,8 +444,8 @@ class Files:
                     for at, number, raw in read(f, offset, line):
                         line = number
                         yield [i, at, line], raw
-            except (EOFError, gzip.BadGzipFile) as e:
-                raise UserError(f"{path} is cut short or damaged after line {line}: {e}") from e
+            except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+                raise BadRow(f"{path} is cut short or damaged after line {line}: {e}") from e
             offset, line = 0, 1
 
     def where(self, place) -> str:
@@ -480,7 +507,7 @@ def whole_text(f, offset: int, line: int):
 class Hub:
     """Rows of whatever `datasets` reads, streamed: a hub id, a folder laid out like a hub repository, parquet, zst.
 
-    A place is [state of the stream before a batch of rows, the row within it, the row's number].
+    A place is [state of the stream after the batch of rows before, the row within its batch, the row's number].
     """
 
     def __init__(self, name: str, split: str, column: str, revision: str | None):
@@ -492,13 +519,12 @@ class Hub:
         self.name, self.column = name, column
         path, files = name, None
         if os.path.isfile(name) or (glob.has_magic(name) and glob.glob(name)):
-            path, files = os.path.dirname(name) or ".", os.path.basename(name)
+            path, files = os.path.split(os.path.abspath(name))
         with self.blamed(f"cannot read {name} (split {split})"):
             self.stream = datasets.load_dataset(path, data_files=files, split=split, streaming=True, revision=revision)
             columns = self.stream.column_names or list(next(iter(self.stream), {column: None}))
         if column not in columns:
             raise UserError(f"{name} has no column {column} (column_name); found {', '.join(columns)}")
-        self.stream = self.stream.select_columns([column])
         splits = self.stream.info.splits or {}
         self.known_rows = splits[split].num_examples if split in splits else None
 
@@ -517,12 +543,11 @@ class Hub:
         """Yield (place, value) from `place` on, or from the start."""
         state, skip, number = place or (None, 0, 0)
         number -= skip
-        stream = self.stream._copy() if hasattr(self.stream, "_copy") else self.stream
+        stream = self.stream.select_columns([self.column])  # a stream of its own, with a state of its own
         if state:
             stream.load_state_dict(state)
         batches = stream.iter(batch_size=256)
         while True:
-            state = json.loads(json.dumps(stream.state_dict()))  # a copy: datasets changes its own as it reads
             with self.blamed(f"cannot read {self.name} after row {number}"):
                 batch = next(batches, {self.column: []})[self.column]
             if not batch:
@@ -530,6 +555,7 @@ class Hub:
             for i in range(skip, len(batch)):
                 yield [state, i, number + i], batch[i]
             skip, number = 0, number + len(batch)
+            state = json.loads(json.dumps(stream.state_dict()))  # a copy: datasets changes its own as it reads
 
     def where(self, place) -> str:
         return f"{self.name}, row {place[2]}"
@@ -815,19 +841,19 @@ def parse_row(source, place, raw, vocab_size: int | None):
 
 
 def encode_rows(batch, source, encoder: TextEncoder, is_tokenized: bool):
-    """[(row, place, raw), ...] -> (tokens of all, uint16; tokens of each (n,), 0 for an empty row; bytes of text)."""
+    """[(row, place, raw), ...] -> all tokens, uint16; tokens of each row (n,), 0 if empty; bytes of its text (n,)."""
     if is_tokenized:
         ids = [parse_row(source, place, raw, encoder.vocab_size) for _, place, raw in batch]
-        eos, n_bytes = 0, sum(map(len, map(str.encode, encoder.decode_batch(ids))))
+        eos, texts = 0, encoder.decode_batch(ids)
     else:
         texts = [parse_row(source, place, raw, None) for _, place, raw in batch]
         ids = encoder.encode_batch(texts)
-        eos, n_bytes = np.array([len(t) > 0 for t in texts], np.int64), sum(len(t.encode()) for t in texts)
+        eos = np.array([len(t) > 0 for t in texts], np.int64)
     lengths = np.array([len(i) for i in ids], np.int64) + eos
     tokens = np.full(lengths.sum(), encoder.eos_token_id, np.uint16)
     for start, document in zip(np.cumsum(lengths) - lengths, ids, strict=True):
         tokens[start : start + len(document)] = document
-    return tokens, lengths, n_bytes
+    return tokens, lengths, np.array([len(t.encode()) for t in texts])
 
 
 def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
@@ -903,14 +929,16 @@ def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, wo
             counts["tokens"] += end - at
             counts["documents"] += documents
             counts["empty_documents"] += upto - counted - documents
+            counts["bytes"] += int(n_bytes[counted:upto].sum())
             at, counted = end, upto
             if not full:
                 break
             writer.finish_shard()
             done.update(counts, row=batch[d][0], place=batch[d][1], skip=int(end - ends[d] + lengths[d]))
             save()
-        counts["bytes"] += n_bytes
         show(counts["documents"], counts["tokens"])
+    if not counts["tokens"]:
+        raise BadRow(f"{source.where(batch[-1][1])}: this row and all before it in the {split} split are empty")
     writer.finish_shard()
     done.update(counts, finished=True)
     save()
@@ -929,7 +957,8 @@ def identity(c: DatasetConfig, shard_tokens: int) -> dict:
     about["tokenizer"] = c.hf_tokenizer_path or f"trained, {c.train_tokenizer_vocab_size}"
     if c.hf_tokenizer_path and os.path.isfile(c.hf_tokenizer_path):
         about["tokenizer_sha256"] = sha256_file(Path(c.hf_tokenizer_path))
-    files = [p for p in local_files(c) or [] if p.exists()]
+    files = local_files(c) or [Path(p) for p in glob.glob(c.name)]
+    files = [f for p in files for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
     if files:
         listing = json.dumps([[p.name, p.stat().st_size] for p in files])
         about |= {"files": len(files), "names_and_sizes": hashlib.sha256(listing.encode()).hexdigest()}
@@ -966,6 +995,8 @@ def prepare(sections: dict[str, DatasetConfig], model_vocab_size: int | None, wo
     plans = {folder: plan(folder, configs, shard_tokens) for folder, configs in folders.items()}
     for folder in [f for f in folders if plans[f] is None]:
         print(f"{folder} is already prepared")
+        for name in (PROGRESS, ".lock"):  # left by a process that ended between its last two steps
+            (folder / name).unlink(missing_ok=True)
         del folders[folder]
     if not folders:
         return
@@ -982,10 +1013,10 @@ def prepare(sections: dict[str, DatasetConfig], model_vocab_size: int | None, wo
             raise UserError(f"{sections[split].name} holds no rows in split {sections[split].split}")
         parse_row(source, first[1], first[2], vocab_size if sections[split].is_tokenized else None)
     for folder, configs in folders.items():
-        prepare_folder(folder, configs, opened, encoder, plans[folder], workers, shard_tokens)
+        prepare_folder(folder, configs, opened, encoder, workers, shard_tokens)
 
 
-def prepare_folder(folder: Path, configs, opened, encoder, progress: dict, workers: int, shard_tokens: int) -> None:
+def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_tokens: int) -> None:
     """Write tokenizer.json, the shards of the splits in `configs`, and last of all dataset.json."""
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -994,13 +1025,25 @@ def prepare_folder(folder: Path, configs, opened, encoder, progress: dict, worke
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise UserError(f"another process is preparing {folder}: wait for it, or choose another path") from e
-        save = functools.partial(lambda: write_text(folder / PROGRESS, json.dumps(progress)))
+        progress = plan(folder, configs, shard_tokens)  # again: another process may have been at work meanwhile
+        if progress is None:
+            print(f"{folder} is already prepared")
+            return
+
+        def save() -> None:
+            write_text(folder / PROGRESS, json.dumps(progress))
+
         try:
-            if encoder is None:
-                encoder = trained_encoder(folder, configs["train"], opened["train"])
-            with whole_file(folder / "tokenizer.json") as f:
-                f.write(encoder.json)
             save()
+            if encoder is None and "tokenizer" in progress:
+                encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
+            elif encoder is None:
+                encoder = trained_encoder(configs["train"], opened["train"])
+            if "tokenizer" not in progress:
+                with whole_file(folder / "tokenizer.json") as f:
+                    f.write(encoder.json)
+                progress["tokenizer"] = "written"
+                save()
             for split, done in progress["splits"].items():
                 if not done.get("finished"):
                     tokenized = configs[split].is_tokenized
@@ -1068,11 +1111,8 @@ def peek(folder: Path, split: str, n: int, prepare: str) -> None:
         print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 
-def trained_encoder(folder: Path, c: DatasetConfig, opened) -> TextEncoder:
-    """A byte-level BPE trained on the rows of the train split, or the one that an earlier preparation trained."""
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return json_encoder("trained here", path.read_bytes())
+def trained_encoder(c: DatasetConfig, opened) -> TextEncoder:
+    """A byte-level BPE trained on the rows of the train split."""
     source, start, stop = opened
     print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
     texts = (parse_row(source, place, raw, None) for _, place, raw in read_rows(source, start, stop))

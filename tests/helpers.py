@@ -88,8 +88,8 @@ def config(train: dict, val: dict | None = None, **top) -> dict:
 
 
 def tree(folder: Path) -> dict:
-    """{relative path: sha256} of every file in a folder."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    """{relative path: sha256} of every file in a folder, but for the lock, which says nothing."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != ".lock")
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 

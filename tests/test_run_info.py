@@ -1,0 +1,372 @@
+"""run_info.py: finding a run on disk and loading its weights, tokenizer and data, new runs and old ones."""
+
+import dataclasses
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import prepare_data
+import train
+from models import MODEL_CLASSES
+from run_info import PretrainRunInfo, data_of_update
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 0, 2, 10  # in an order that is not the alphabet's
+SHAPE = {"block_size": 16, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 16}
+LLAMA = {"n_ctx": 16, "n_intermediate": 24, "n_key_value_heads": 1, "rotary_dim": 8}
+five = pytest.mark.parametrize("name", MODEL_CLASSES)
+
+
+def make_model(name, seed=0):
+    cls = MODEL_CLASSES[name]
+    return cls(cls.config_class(**SHAPE | ({} if name.startswith("GPT2") else LLAMA)), init_seed=seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """The tokenizer.json of a small BPE."""
+    return prepare_data.train_bpe(iter(["one two three, " * 20, "four five six"]), 270)
+
+
+@pytest.fixture
+def make_run(tmp_path, tokenizer):
+    """A function that lays out a run: a model of its own at each step."""
+
+    def make(name="LlamaSimpleMLP", folder="run", checkpoints="checkpoints", change=dict, drop=()):
+        folder = tmp_path / folder
+        (folder / checkpoints).mkdir(parents=True)
+        shape = dataclasses.asdict(make_model(name).config)
+        (folder / "model_config.yaml").write_text(yaml.safe_dump({k: v for k, v in shape.items() if k not in drop}))
+        config = {"seed": 0, "model": shape, "train_dataset_config": {"hf_tokenizer_path": "some/tokenizer"}}
+        (folder / "final_config.yaml").write_text(yaml.safe_dump(config))
+        (folder / "tokenizer.json").write_bytes(tokenizer)
+        for step in STEPS:
+            state = change(make_model(name, seed=step).state_dict())
+            torch.save(state, folder / checkpoints / f"model_step_{step}.pt")
+        return folder
+
+    return make
+
+
+def assert_holds(model, name, step):
+    """The model is the one of that step: in its weights and in what it computes."""
+    expected = make_model(name, seed=step)
+    assert type(model) is type(expected)
+    assert model.config == expected.config
+    a, b = model.state_dict(), expected.state_dict()
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    idx = torch.arange(12).reshape(2, 6)
+    assert torch.equal(model(idx)[0], expected(idx)[0])
+
+
+# -----------------------------------------------------------------------------
+# finding
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+@pytest.mark.parametrize(
+    "path, step, found",
+    [("", None, 10), ("", 0, 0), ("", 2, 2), ("model_step_2.pt", None, 2), ("model_step_2.pt", 0, 0)],
+)
+def test_from_path(make_run, kind, path, step, found):
+    folder = make_run()
+    info = PretrainRunInfo.from_path(kind(folder / "checkpoints" / path if path else folder), step=step)
+    assert info.checkpoint_path == folder / "checkpoints" / f"model_step_{found}.pt"
+    assert info.config_dict == yaml.safe_load((folder / "final_config.yaml").read_text())
+    assert info.model_config_dict == yaml.safe_load((folder / "model_config.yaml").read_text())
+    assert info.tokenizer_path == folder / "tokenizer.json"
+    assert info.hf_tokenizer_path == "some/tokenizer"
+    assert info.checkpoints == {s: folder / "checkpoints" / f"model_step_{s}.pt" for s in STEPS}
+    assert list(info.checkpoints) == list(STEPS)
+    assert_holds(info.load_model(), "LlamaSimpleMLP", found)
+
+
+def test_relative_paths_and_homes(make_run, monkeypatch):
+    folder = make_run()
+    monkeypatch.chdir(folder / "checkpoints")
+    assert_holds(PretrainRunInfo.from_path("model_step_2.pt").load_model(), "LlamaSimpleMLP", 2)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert list(PretrainRunInfo.from_path("~/run").checkpoints) == list(STEPS)
+
+
+def test_a_run_as_wandb_lays_it_out(make_run):
+    """Checkpoints beside the configs, no folder between."""
+    folder = make_run(checkpoints=".")
+    info = PretrainRunInfo.from_path(folder)
+    assert list(info.checkpoints) == list(STEPS)
+    assert_holds(info.load_model(), "LlamaSimpleMLP", 10)
+    assert_holds(PretrainRunInfo.from_path(folder / "model_step_0.pt").load_model(), "LlamaSimpleMLP", 0)
+
+
+def test_what_lies_beside_checkpoints_is_none(make_run):
+    folder = make_run()
+    for name in ("model_step_x.pt", ".model_step_11.pt.part", "optim_step_12.pt", "model_step_13.pt.bak"):
+        (folder / "checkpoints" / name).touch()
+    info = PretrainRunInfo.from_path(folder)
+    assert list(info.checkpoints) == list(STEPS)
+    assert info.checkpoint_path.name == "model_step_10.pt"
+
+
+MISSING = {
+    "no such path": (lambda f: shutil.rmtree(f), None, r"no run at .*run"),
+    "no final_config": (lambda f: (f / "final_config.yaml").unlink(), None, r"final_config\.yaml"),
+    "no model_config": (lambda f: (f / "model_config.yaml").unlink(), None, r"model_config\.yaml"),
+    "no checkpoints": (lambda f: [p.unlink() for p in (f / "checkpoints").iterdir()], None, r"no .*model_step_N\.pt"),
+    "no such step": (lambda f: None, 7, r"step 7.*\b0, 2, 10\b"),
+}
+
+
+@pytest.mark.parametrize("what", MISSING)
+def test_what_is_not_there(make_run, what):
+    spoil, step, says = MISSING[what]
+    folder = make_run()
+    spoil(folder)
+    with pytest.raises(FileNotFoundError, match=says) as e:
+        PretrainRunInfo.from_path(folder, step=step)
+    assert isinstance(e.value, prepare_data.UserError)
+
+
+# -----------------------------------------------------------------------------
+# loading
+
+
+@five
+def test_every_model_loads_in_every_way(make_run, name):
+    folder = make_run(name)
+    info = PretrainRunInfo.from_path(folder / "checkpoints" / "model_step_2.pt")
+    cls = MODEL_CLASSES[info.model_config_dict["model_type"]]
+    for model in (info.load_model(), cls.from_run_info(info)):
+        assert_holds(model, name, 2)
+    assert_holds(cls.from_pretrained(folder), name, 10)
+    assert_holds(cls.from_pretrained(str(folder / "checkpoints" / "model_step_0.pt")), name, 0)
+
+
+@five
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_old_checkpoints_carry_prefixes(make_run, name, prefix):
+    folder = make_run(name, change=lambda state: {prefix + k: v for k, v in state.items()})
+    assert_holds(PretrainRunInfo.from_path(folder).load_model(), name, 10)
+
+
+@five
+def test_old_checkpoints_carry_buffers(make_run, name):
+    """SPD saved its causal masks and RoPE tables; both are computed here, and what was saved is not used."""
+
+    def change(state):
+        prefixes = {m[0] for k in state if (m := re.match(r".*\.attn\.", k))}
+        junk = {"bias": torch.zeros(1, 1, 16, 16), "rotary_sin": torch.zeros(16, 8), "rotary_cos": torch.zeros(16, 8)}
+        assert len(prefixes) == 2
+        return state | {f"_orig_mod.{p}{k}": v for p in prefixes for k, v in junk.items()}
+
+    assert_holds(PretrainRunInfo.from_path(make_run(name, change=change)).load_model(), name, 10)
+
+
+@five
+def test_old_model_configs_have_no_model_type(make_run, name):
+    info = PretrainRunInfo.from_path(make_run(name, drop=["model_type"]))
+    with pytest.raises(prepare_data.UserError, match="model_type"):
+        info.load_model()
+    assert_holds(MODEL_CLASSES[name].from_run_info(info), name, 10)
+
+
+@pytest.mark.parametrize("change", [lambda s: s | {"h.7.extra": torch.zeros(1)}, lambda s: dict(list(s.items())[1:])])
+def test_other_weights_do_not_load(make_run, change):
+    with pytest.raises(Exception, match=r"h\.7\.extra|wte\.weight"):
+        PretrainRunInfo.from_path(make_run(change=change)).load_model()
+
+
+class Evil:
+    """What a pickle can do to who loads it."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_a_pickle_with_code_is_refused(make_run, tmp_path):
+    folder = make_run(change=lambda state: state | {"x": Evil(tmp_path / "ran")})
+    with pytest.raises(Exception):  # noqa: B017 - whatever says no
+        PretrainRunInfo.from_path(folder).load_model()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_tokenizer_of_the_run(make_run, tokenizer):
+    tok = PretrainRunInfo.from_path(make_run()).load_tokenizer()
+    assert json.loads(tok.to_str())["model"] == json.loads(tokenizer)["model"]
+    assert tok.decode(tok.encode("one two, sechs").ids) == "one two, sechs"
+
+
+def test_a_run_without_tokenizer_json_uses_the_one_named(make_run, tmp_path, tokenizer):
+    folder = make_run()
+    (folder / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (folder / "final_config.yaml").write_text(
+        yaml.safe_dump({"train_dataset_config": {"hf_tokenizer_path": str(tmp_path / "elsewhere.json")}})
+    )
+    info = PretrainRunInfo.from_path(folder)
+    assert info.tokenizer_path is None
+    assert json.loads(info.load_tokenizer().to_str())["model"] == json.loads(tokenizer)["model"]
+
+
+def test_a_run_without_any_tokenizer_says_so(make_run):
+    folder = make_run()
+    (folder / "tokenizer.json").unlink()
+    (folder / "final_config.yaml").write_text("train_dataset_config: {name: x}\n")
+    info = PretrainRunInfo.from_path(folder)
+    assert (info.tokenizer_path, info.hf_tokenizer_path) == (None, None)
+    with pytest.raises(prepare_data.UserError, match=r"tokenizer\.json.*hf_tokenizer_path"):
+        info.load_tokenizer()
+
+
+# -----------------------------------------------------------------------------
+# the data of an update
+
+BATCH, N_CTX = 3, 17
+
+
+@pytest.fixture
+def run_with_data(make_run, tmp_path, tokenizer):
+    """A run whose shards are at hand: 40 windows of 17 tokens over four shards, none of which ends with a window."""
+    data = tmp_path / "data"
+    data.mkdir()
+    tokens = np.random.default_rng(0).integers(0, 270, 40 * N_CTX + 3).astype("<u2")
+    for i, part in enumerate(np.split(tokens, [100, 250, 500])):
+        header = np.zeros(256, "<i4")
+        header[:3] = 20240520, 1, len(part)
+        (data / f"train_{i:06d}.bin").write_bytes(header.tobytes() + part.tobytes())
+    folder = make_run()
+    section = {"name": "x", "n_ctx": N_CTX, "path": str(data), "seed": 2}
+    section["hf_tokenizer_path"] = str(folder / "tokenizer.json")
+    config = dict.fromkeys(("warmup_iters", "weight_decay", "val_loss_every", "sample_every"), 0)
+    config |= {"dtype": "float32", "learning_rate": 1e-3, "learning_rate_decay_frac": 0.1, "grad_clip": None}
+    config |= {"batch_size": BATCH, "num_iterations": 50, "val_max_steps": 1, "intermediate_checkpoints": True}
+    config |= {"seed": 5, "model": dataclasses.asdict(make_model("LlamaSimpleMLP").config)}
+    config |= {"train_dataset_config": section, "val_dataset_config": section}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    full = train.config_dict(train.load_config(tmp_path / "c.yaml"))
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(full))
+    return folder, tokens
+
+
+@pytest.mark.parametrize("update", [1, 2, 14, 50])
+def test_what_an_update_saw(run_with_data, update):
+    folder, tokens = run_with_data
+    seen = data_of_update(PretrainRunInfo.from_path(folder), update)
+    position = np.arange((update - 1) * BATCH, update * BATCH)  # update 14 reads the end of one epoch, the next's start
+    window = prepare_data.window_order(position, 40, seed=7)
+    assert np.array_equal(seen["position"], position)
+    assert np.array_equal(seen["window"], window)
+    assert np.array_equal(seen["tokens"], [tokens[w * N_CTX : (w + 1) * N_CTX] for w in window])
+    starts = np.array([0, 100, 250, 500])
+    for w, shard, offset in zip(window, seen["shard"], seen["offset"], strict=True):
+        i = int(np.searchsorted(starts, w * N_CTX, side="right")) - 1
+        assert (shard, offset) == (f"train_{i:06d}.bin", w * N_CTX - starts[i])
+
+
+@pytest.mark.parametrize("update", [0, 51, -1])
+def test_an_update_that_was_not(run_with_data, update):
+    with pytest.raises(prepare_data.UserError, match=rf"{update}.*1 to 50"):
+        data_of_update(PretrainRunInfo.from_path(run_with_data[0]), update)
+
+
+def test_data_on_the_command_line(run_with_data, cli):
+    folder, _ = run_with_data
+    out, err, code = cli(folder, "--data", "14")
+    assert (code, err) == (0, "")
+    info = PretrainRunInfo.from_path(folder)
+    tok, seen = info.load_tokenizer(), data_of_update(info, 14)
+    for shard, offset, ids in zip(seen["shard"], seen["offset"], seen["tokens"], strict=True):
+        assert shard in out
+        assert re.search(rf"\b{offset}\b", out)
+        assert tok.decode(ids.tolist(), skip_special_tokens=False) in out
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    """A function that runs run_info.py with arguments: (stdout, stderr, exit code)."""
+
+    def run(*args):
+        monkeypatch.setattr(sys, "argv", ["run_info.py", *map(str, args)])
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "run_info.py"), run_name="__main__")
+        except SystemExit as e:
+            code = e.code
+        out, err = capsys.readouterr()
+        if isinstance(code, str):  # the interpreter would print it and exit with 1
+            err, code = f"{err}{code}\n", 1
+        return out, err, code or 0
+
+    return run
+
+
+def test_the_command_line_shows_a_run(make_run):
+    folder = make_run()
+    command = [sys.executable, ROOT / "run_info.py", folder, "--step", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=os.environ)
+    assert (done.returncode, done.stderr) == (0, "")
+    n_params = sum(p.numel() for p in make_model("LlamaSimpleMLP").parameters())
+    for word in ("LlamaSimpleMLP", f"{n_params:,} parameters", "n_embd 16", "model_step_2.pt", "0, 2, 10", "270"):
+        assert word in done.stdout
+
+
+SPOILED = {
+    "no such path": lambda f: shutil.rmtree(f),
+    "no model_config": lambda f: (f / "model_config.yaml").unlink(),
+    "model_config is no mapping": lambda f: (f / "model_config.yaml").write_text("- 1\n"),
+    "model_config is no YAML": lambda f: (f / "model_config.yaml").write_text("a: [1\n"),
+    "model_config without model_type": lambda f: (f / "model_config.yaml").write_text("n_embd: 16\n"),
+    "model_config of another shape": lambda f: respell(f, n_embd=32, rotary_dim=16),
+    "model_config of an impossible shape": lambda f: respell(f, n_head=3),
+    "model_config with an unknown key": lambda f: respell(f, n_layr=2),
+    "checkpoint cut short": lambda f: os.truncate(f / "checkpoints" / "model_step_10.pt", 1000),
+    "checkpoint empty": lambda f: os.truncate(f / "checkpoints" / "model_step_10.pt", 0),
+    "checkpoint with code": lambda f: torch.save({"x": Evil(f / "ran")}, f / "checkpoints" / "model_step_10.pt"),
+    "checkpoint of another kind": lambda f: torch.save([1], f / "checkpoints" / "model_step_10.pt"),
+    "no checkpoint": lambda f: shutil.rmtree(f / "checkpoints"),
+    "tokenizer cut short": lambda f: os.truncate(f / "tokenizer.json", 100),
+}
+
+
+def respell(folder, **changes):
+    path = folder / "model_config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("what", SPOILED)
+def test_what_is_wrong_is_one_line(make_run, cli, what):
+    folder = make_run()
+    SPOILED[what](folder)
+    out, err, code = cli(folder)
+    assert (out, code) == ("", 1)
+    assert re.fullmatch(r"run_info: .+\n", err)
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("args", [["--step", "7"], ["--data", "1"]])
+def test_what_was_not_done_is_one_line(make_run, cli, args):
+    out, err, code = cli(make_run(), *args)  # a config without the keys of a dataset, as an old run may have
+    assert (out, code) == ("", 1)
+    assert re.fullmatch(r"run_info: .+\n", err)
+
+
+def test_a_file_that_is_no_checkpoint_is_one_line(make_run, cli):
+    out, err, code = cli(make_run() / "final_config.yaml")
+    assert (out, code) == ("", 1)
+    assert re.fullmatch(r"run_info: .+\n", err)

@@ -68,7 +68,9 @@ class DatasetConfig:
         "instead: train a byte-level BPE of this size", None, low=257, high=65536
     )
     streaming: bool = key("accepted, as in SPD's files: preparation always streams", False)
-    seed: int | None = key("train: added to the top-level seed; val: rotates which windows are used", None, low=0)
+    seed: int | None = key(
+        "train: added to the top-level seed; val: rotates which windows are used", None, low=0, high=2**62
+    )
     n_ctx: int = key("tokens in a window: the model's n_ctx + 1", low=2)
     shuffle_each_epoch: bool = key("another order each epoch; false repeats the first", True)
     path: str | None = key("folder of the shards (default: data/<name>-<tokenizer>)", None)
@@ -89,7 +91,7 @@ def read_config(path, overrides=()) -> dict:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as e:
         raise UserError(f"cannot read the config {path}: {e.strerror}") from e
-    except (yaml.YAMLError, ValueError) as e:  # ValueError: not UTF-8, or a date that no calendar has
+    except Exception as e:  # not YAML's own errors alone: not UTF-8, a date that no calendar has, nesting without end
         raise UserError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, not {type(config).__name__}")
@@ -105,7 +107,7 @@ def read_config(path, overrides=()) -> dict:
                 raise UserError(f"{override!r}: {part} is a value, not a section with keys of its own")
         try:
             section[last] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError) as e:
+        except Exception as e:
             raise UserError(f"{override!r}: the value is not YAML; quote it") from e
     return config
 
@@ -235,6 +237,14 @@ def write_text(path: Path, text: str) -> None:
     """Write a small file, whole or not at all."""
     with whole_file(path) as f:
         f.write(text.encode())
+
+
+def read_json(path: Path):
+    """What a JSON file written here holds. UserError if it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise UserError(f"{path} is damaged ({e}): delete its folder and prepare it again") from e
 
 
 def sha256_file(path: Path) -> str:
@@ -577,6 +587,8 @@ def local_files(c: DatasetConfig) -> list[Path] | None:
             raise UserError(f"no file matches {c.name}")
     else:
         files = [path]
+    if any(p.name.endswith(".txt.zst") for p in files):
+        raise UserError(f"{c.name}: .zst is read row by row, as .jsonl.zst; pack text as .txt.gz instead")
     kinds = {kind_of(p) for p in files}
     if not files or not kinds <= {".txt", ".jsonl"}:
         return None
@@ -606,7 +618,8 @@ def parse_split(spec: str):
     match = re.fullmatch(r"([\w.-]+?)(?:\[(-?\d+%?)?:(-?\d+%?)?\])?", re.sub(r"\s|(?<=\d)_(?=\d)", "", spec))
     if not match:
         raise UserError(f"cannot read split {spec!r}: write train, train[:95%], train[-100:] or train[1000:2000]")
-    bounds = tuple((int(b.rstrip("%")), b.endswith("%")) if b else None for b in match.groups()[1:])
+    percent = any(b and b.endswith("%") for b in match.groups()[1:])  # train[10:50%] is from 10 % to 50 %
+    bounds = tuple((int(b.rstrip("%")), percent) if b else None for b in match.groups()[1:])
     if any(b and b[1] and abs(b[0]) > 100 for b in bounds):
         raise UserError(f"split {spec!r} goes beyond 100%")
     return match[1], bounds
@@ -706,7 +719,7 @@ class Shards:
         """`prepare` is the command that writes the shards, for the error that they are not there."""
         self.folder, self.info = folder, {}
         if (folder / "dataset.json").exists():
-            self.info = json.loads((folder / "dataset.json").read_text())
+            self.info = read_json(folder / "dataset.json")
             entries = self.info["splits"].get(split, {}).get("shards", [])
             self.files = [folder / e["file"] for e in entries]
         else:  # llm.c's or modded-nanogpt's, unless a preparation is under way
@@ -974,7 +987,7 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
             raise UserError(f"{folder} holds .bin files that were not written here: choose another path")
         fresh = dict.fromkeys(("tokens", "documents", "empty_documents", "bytes", "row", "skip"), 0)
         return {"source": record, "splits": {s: fresh | {"place": None, "shards": []} for s in configs}}
-    there = json.loads(path.read_text())
+    there = read_json(path)
     differ = []
     for split in sorted(record.keys() | there["source"].keys()):
         new, old = record.get(split, {}), there["source"].get(split, {})
@@ -1079,7 +1092,7 @@ def verify(folder: Path, prepare: str) -> None:
     """Read again all that dataset.json vouches for; UserError names the first thing that is wrong."""
     if not (folder / "dataset.json").exists():
         raise UserError(f"{folder} is not prepared: run {prepare}")
-    info = json.loads((folder / "dataset.json").read_text())
+    info = read_json(folder / "dataset.json")
     again = f"delete {folder} and run {prepare}"
     if sha256_file(folder / "tokenizer.json") != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the one that encoded the shards: {again}")

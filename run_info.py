@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from prepare_data import DatasetConfig, Shards, UserError, build, load_encoder, window_order
+from prepare_data import DatasetConfig, Shards, UserError, build, load_encoder, read_config, window_order
 
 
 @dataclass
@@ -46,12 +45,9 @@ class PretrainRunInfo:
             raise RunNotFound(f"no run at {path}: name a run folder or a checkpoint (checkpoints/model_step_N.pt)")
         configs = []
         for name in ("final_config.yaml", "model_config.yaml"):
-            try:
-                configs.append(yaml.safe_load((folder / name).read_text()))
-            except FileNotFoundError as e:
-                raise RunNotFound(f"{folder} is not a run folder: it has no {name}") from e
-            except yaml.YAMLError as e:
-                raise UserError(f"{folder / name} is damaged: {' '.join(str(e).split())}") from e
+            if not (folder / name).exists():
+                raise RunNotFound(f"{folder} is not a run folder: it has no {name}")
+            configs.append(read_config(folder / name))
         if step is not None or checkpoint is None:
             found = checkpoints_in(folder)
             if not found:
@@ -59,7 +55,7 @@ class PretrainRunInfo:
             if step is not None and step not in found:
                 raise RunNotFound(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
             checkpoint = found[max(found) if step is None else step]
-        section = configs[0].get("train_dataset_config") if isinstance(configs[0], dict) else None
+        section = configs[0].get("train_dataset_config")
         tokenizer = folder / "tokenizer.json"
         return cls(
             checkpoint_path=checkpoint,
@@ -80,17 +76,21 @@ class PretrainRunInfo:
         """Updates done -> file, for every checkpoint on disk, in order."""
         return checkpoints_in(self.folder)
 
-    def load_model(self):
-        """The model with this checkpoint's weights, on the CPU."""
+    def load_model(self, cls=None):
+        """The model with this checkpoint's weights, on the CPU; `cls` is its class, for a run that does not say."""
         from models import MODEL_CLASSES
 
         name = self.model_config_dict.get("model_type")
-        if name not in MODEL_CLASSES:
+        if cls is None and name not in MODEL_CLASSES:
             raise UserError(
                 f"{self.folder} does not say which model it holds (model_type: {name}): load it with the class, "
                 "such as models.LlamaSimpleMLP.from_run_info(run_info)"
             )
-        return MODEL_CLASSES[name].from_run_info(self)
+        try:
+            return (cls or MODEL_CLASSES[name]).from_run_info(self)
+        except Exception as e:  # a damaged file fails in many ways
+            reason = (str(e).strip().splitlines() or [""])[0]
+            raise UserError(f"cannot load {self.checkpoint_path}: {type(e).__name__}: {reason}") from e
 
     def load_tokenizer(self):
         """A tokenizers.Tokenizer with the ids of training: the run's tokenizer.json, or else hf_tokenizer_path."""

@@ -73,9 +73,9 @@ class Config:
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
     train_log_every: int = key("updates between lines on the console", 100, low=1)
     micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
-    init_seed: int = key("of the initial weights", 42, low=0)
-    seed: int = key("of the order of the training data", 0, low=0)
-    sample_seed: int = key("of the sampled text", 0, low=0)
+    init_seed: int = key("of the initial weights", 42, low=0, high=2**62)
+    seed: int = key("of the order of the training data", 0, low=0, high=2**62)
+    sample_seed: int = key("of the sampled text", 0, low=0, high=2**62)
     device: str | None = key("cpu, cuda, cuda:1, mps; null: the best there is", None)
     compile: bool = key("torch.compile the model, where that works", True)
     tensorcores: bool = key("TF32 for float32 products on CUDA", True)
@@ -174,7 +174,9 @@ def choose_device(wanted: str | None, local_rank: int) -> torch.device:
         raise UserError(f"device must be cpu, cuda, cuda:N or mps, not {wanted!r}")
     if device.type == "cuda":
         index = local_rank if device.index is None else device.index
-        if index >= torch.cuda.device_count():
+        if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise UserError(f"device {wanted} for several ranks: leave out the number, each rank takes its own GPU")
+        if not 0 <= index < torch.cuda.device_count():
             found = torch.cuda.device_count()
             raise UserError(
                 f"device cuda:{index} is not there: this machine shows {found} GPUs; set device=cpu or fewer ranks"
@@ -203,7 +205,7 @@ def choose_folder(c: Config) -> Path:
                 return folder
     folder = Path(c.run_dir)
     if (folder / "final_config.yaml").exists():
-        there, here = flat(yaml.safe_load((folder / "final_config.yaml").read_text())), flat(config_dict(c))
+        there, here = flat(read_config(folder / "final_config.yaml")), flat(config_dict(c))
         differ = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k not in FREE_KEYS]
         if differ:
             listed = ", ".join(f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in differ)
@@ -248,6 +250,8 @@ def data_tokenizer(c: Config, data: Shards) -> tuple[bytes, int, int]:
     """The training data's (tokenizer.json, vocabulary size, EOS id); the config names it if the data does not."""
     if "tokenizer" in data.info:
         about = data.info["tokenizer"]
+        if not (data.folder / "tokenizer.json").exists():
+            raise UserError(f"{data.folder / 'tokenizer.json'} is gone: delete its folder and prepare it again")
         return (data.folder / "tokenizer.json").read_bytes(), about["vocab_size"], about["eos_token_id"]
     if not c.train_dataset_config.hf_tokenizer_path:
         raise UserError(
@@ -261,7 +265,7 @@ def load_pretrained(model, path: str) -> None:
     """Copy the weights of the run or checkpoint at `path` into `model`. Raises UserError if shapes differ."""
     from run_info import PretrainRunInfo
 
-    state, own = type(model).from_run_info(PretrainRunInfo.from_path(path)).state_dict(), model.state_dict()
+    state, own = PretrainRunInfo.from_path(path).load_model(type(model)).state_dict(), model.state_dict()
     differ = [
         f"{k} {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
         for k in own
@@ -378,7 +382,7 @@ def main(config_path: str, overrides: list[str]) -> int:
 
     def on_signal(number, _) -> None:
         # one Ctrl-C reaches a rank twice, from the terminal and from torchrun: only a later one is the second
-        again = number == signal.SIGINT and signals and time.monotonic() - signals[0] > 1
+        again = number == signal.SIGINT and len(signals) > 0 and time.monotonic() - signals[0] > 1
         signals.append(time.monotonic())
         if again or not looping:
             if rank == 0:
@@ -632,8 +636,9 @@ def main(config_path: str, overrides: list[str]) -> int:
             while writing:
                 writing.pop().result()
             return True
-        except OSError as e:
-            log(f"could not save ({e.strerror}: {e.filename}): training goes on, the next save may succeed")
+        except (OSError, RuntimeError) as e:  # torch.save has RuntimeErrors for a full disk
+            reason = (str(e).strip().splitlines() or [""])[0]
+            log(f"could not save ({reason}): training goes on, and the next save may succeed")
             return False
 
     def save(s: int, resumable: bool) -> None:
@@ -672,6 +677,8 @@ def main(config_path: str, overrides: list[str]) -> int:
                 record(line)
                 bpb = f" | {line['bits_per_byte']:.4f} bits per byte" if bytes_per_token else ""
                 log(f"step {s}/{updates} | val loss {val_loss:.4f}{bpb}")
+        if due(s, c.sample_every, updates):
+            flush()  # W&B takes steps in order only
         if rank == 0 and due(s, c.sample_every, updates) and (text := sample(s)) is not None:
             log(f"step {s}/{updates} | sample:\n{text}\n")
             samples.append([s, text])

@@ -35,7 +35,7 @@ class PretrainRunInfo:
 
         Raises UserError, a FileNotFoundError too, if there is no such run or checkpoint.
         """
-        path = Path(path).expanduser()
+        path = Path(path).expanduser().absolute()
         if path.is_file():
             folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
             checkpoint = path
@@ -89,7 +89,7 @@ class PretrainRunInfo:
         try:
             return (cls or MODEL_CLASSES[name]).from_run_info(self)
         except Exception as e:  # a damaged file fails in many ways
-            reason = (str(e).strip().splitlines() or [""])[0]
+            reason = " ".join(str(e).split())[:500]
             raise UserError(f"cannot load {self.checkpoint_path}: {type(e).__name__}: {reason}") from e
 
     def load_tokenizer(self):
@@ -97,7 +97,10 @@ class PretrainRunInfo:
         from tokenizers import Tokenizer
 
         if self.tokenizer_path:
-            return Tokenizer.from_file(str(self.tokenizer_path))
+            try:
+                return Tokenizer.from_file(str(self.tokenizer_path))
+            except Exception as e:
+                raise UserError(f"{self.tokenizer_path} is damaged: {e}") from e
         if self.hf_tokenizer_path:
             return Tokenizer.from_str(load_encoder(self.hf_tokenizer_path).json.decode())
         raise UserError(f"{self.folder} has no tokenizer.json and its config names no hf_tokenizer_path")

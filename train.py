@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -56,8 +57,8 @@ class Config:
     model: object = key("model_type and the fields of models.<model_type>Config")
     train_dataset_config: DatasetConfig = key("the data to train on")
     val_dataset_config: DatasetConfig = key("the data to validate on")
-    batch_size: int = key("sequences in the global batch, over all ranks and micro-batches", low=1)
-    num_iterations: int = key("optimizer updates", low=1)
+    batch_size: int = key("sequences in the global batch, over all ranks and micro-batches", low=1, high=2**24)
+    num_iterations: int = key("optimizer updates", low=1, high=2**31)
     learning_rate: float = key("the peak, reached at update warmup_iters", above=0)
     warmup_iters: int = key("updates of linear warm-up; a cosine follows, to num_iterations", low=0)
     learning_rate_decay_frac: float = key("the last update's learning rate as a fraction of the peak", low=0, high=1)
@@ -117,6 +118,9 @@ def load_config(path, overrides=()) -> Config:
                 f"{split}_dataset_config.n_ctx is {c.n_ctx}, but must be {shape.block_size + 1}, the model's + 1: a "
                 "window is split into the input [:-1] and the target [1:]"
             )
+    beyond = [s for s in config.checkpoint_steps or () if not 0 <= s <= config.num_iterations]
+    if beyond:
+        raise UserError(f"checkpoint_steps has {beyond[0]}, but the run goes from 0 to {config.num_iterations}")
     if config.zero_stage > 1:
         raise UserError(f"zero_stage {config.zero_stage} is not supported: use 0, or 1 to shard the optimizer's state")
     return config
@@ -295,7 +299,7 @@ def wandb_tracker(c: Config, folder: Path, log):
                 action(run)
             except Exception as e:
                 failed = True
-                log(f"W&B failed ({type(e).__name__}: {e}); training goes on without it")
+                log(f"W&B failed ({type(e).__name__}: {' '.join(str(e).split())}); training goes on without it")
 
     id_file = folder / "wandb_run_id"  # a continued run goes on in the same W&B run
     if not id_file.exists():
@@ -308,7 +312,7 @@ def wandb_tracker(c: Config, folder: Path, log):
         )
     except Exception as e:
         failed = True
-        log(f"W&B failed ({type(e).__name__}: {e}); training goes on without it")
+        log(f"W&B failed ({type(e).__name__}: {' '.join(str(e).split())}); training goes on without it")
     return track
 
 
@@ -339,8 +343,8 @@ def environment(data: Shards, world: int, device: torch.device) -> tuple[dict, s
     about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["cpu_threads"] = torch.get_num_threads()
-    if (data.folder / "dataset.json").exists():
-        about["dataset_sha256"] = sha256_file(data.folder / "dataset.json")
+    dataset = data.folder / "dataset.json"
+    about["dataset_sha256"] = sha256_file(dataset) if dataset.exists() else None
     return about, diff
 
 
@@ -433,7 +437,7 @@ def main(config_path: str, overrides: list[str]) -> int:
         torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
     model_class = MODEL_CLASSES[c.model.model_type]
     raw_model = model_class(c.model, init_seed=c.init_seed)
-    if c.from_pretrained:
+    if c.from_pretrained and not (c.run_dir and list(Path(c.run_dir).glob("resume*.pt"))):
         load_pretrained(raw_model, c.from_pretrained)
     folder = [choose_folder(c) if rank == 0 else None]
     if world > 1:
@@ -444,6 +448,10 @@ def main(config_path: str, overrides: list[str]) -> int:
             print(f"{folder} holds this run, finished: nothing to do")
         return 0
     state = load_state(folder)
+    about, diff = environment(train_data, world, device)
+    before = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
+    if state and before.get("dataset_sha256") != about["dataset_sha256"]:
+        raise UserError(f"{train_data.folder} was prepared anew since {folder} began: choose another run_dir")
     done = state["step"] if state else 0
     if state:
         raw_model.load_state_dict(state["model"])
@@ -464,10 +472,7 @@ def main(config_path: str, overrides: list[str]) -> int:
         write_text(folder / "final_config.yaml", yaml.safe_dump(config_dict(c), sort_keys=False))
         write_text(folder / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(c.model), sort_keys=False))
         write_text(folder / "tokenizer.json", tokenizer_json.decode())
-        about, diff = environment(train_data, world, device)
-        if (folder / "environment.json").exists():
-            about["before"] = json.loads((folder / "environment.json").read_text())
-        write_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
+        write_text(folder / "environment.json", json.dumps(about | {"before": before}, indent=1) + "\n")
         if diff:
             write_text(folder / "git.diff", diff)
         metrics = keep_metrics(folder / "metrics.jsonl", done)
@@ -520,7 +525,9 @@ def main(config_path: str, overrides: list[str]) -> int:
     forward = model  # without DDP's hooks, for validation
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers' new name is not in torch before 2.13
+            model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ---- data: positions of the stream -> windows -> this rank's sequences, read one update ahead
     seed, shuffle_each_epoch = c.seed + (c.train_dataset_config.seed or 0), c.train_dataset_config.shuffle_each_epoch
@@ -761,12 +768,17 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print_help()
         sys.exit(0 if len(sys.argv) > 1 else 2)
+    rank0 = os.environ.get("RANK", "0") == "0"  # every rank finds the same thing wrong: one says so
+    warnings.formatwarning = lambda message, *_: f"train: {message}\n"
+    if not rank0:
+        warnings.simplefilter("ignore")
     try:
         sys.exit(main(sys.argv[1], sys.argv[2:]))
     except (UserError, OSError) as e:
-        # every rank finds the same thing wrong: one says so
-        sys.exit(f"train: {e}" if os.environ.get("RANK", "0") == "0" else 1)
-    except RuntimeError as e:
+        sys.exit(f"train: {e}" if rank0 else 1)
+    except (MemoryError, RuntimeError) as e:
+        if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
+            sys.exit("train: out of memory: set a smaller micro_batch_size, which changes no result")
         if dist.is_initialized() and "peer" in str(e):  # gloo's word for a rank that is gone
             sys.exit(f"train: rank {os.environ['RANK']} lost another rank: the run ends; the same command goes on")
         raise

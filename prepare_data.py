@@ -692,24 +692,29 @@ class ShardWriter:
         self.file, self.tokens, self.documents = None, 0, 0
 
 
-def read_header(path: Path) -> int:
-    """The token count of the shard `path`, checked against its size. UserError if it is not a whole shard."""
+def map_shard(path: Path) -> np.ndarray:
+    """The tokens (n,) uint16 of the shard `path`, memory-mapped. UserError if it is not a whole shard."""
     try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", count=256)
+        with open(path, "rb", buffering=0) as f:
+            header, size = (
+                np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4"),
+                os.fstat(f.fileno()).st_size,
+            )
+            if header[0] != MAGIC or header[1] != VERSION:
+                raise UserError(
+                    f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Prepare it again; "
+                    "if it is nanoGPT's, bare uint16, put 256 int32 in front: these two, the token count, zeros"
+                )
+            if size != HEADER_BYTES + 2 * int(header[2]):
+                raise UserError(
+                    f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
+                    f"{HEADER_BYTES + 2 * int(header[2])} bytes, not {size}; delete its folder and prepare it again"
+                )
+            mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as e:
         raise UserError(f"cannot read the shard {path}: {e.strerror}") from e
-    if len(header) < 256 or header[0] != MAGIC or header[1] != VERSION:
-        raise UserError(
-            f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Delete it and prepare it "
-            "again; if it is nanoGPT's, bare uint16 tokens, put 256 int32 in front: these two, the token count, zeros"
-        )
-    if size != HEADER_BYTES + 2 * int(header[2]):
-        raise UserError(
-            f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
-            f"{HEADER_BYTES + 2 * int(header[2])} bytes, but it has {size}; delete its folder and prepare it again"
-        )
-    return int(header[2])
+    mapped.madvise(mmap.MADV_RANDOM)  # windows lie anywhere: to read ahead would read 128 KB for each 1 KB
+    return np.frombuffer(memoryview(mapped)[HEADER_BYTES:], "<u2")
 
 
 class Shards:
@@ -729,17 +734,13 @@ class Shards:
         for f in self.files:
             if not f.exists():
                 raise UserError(f"the shard {f} is gone: delete {folder} and run {prepare}")
-        counts = {f: n for f in self.files if (n := read_header(f))}
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if len(counts) + 256 > soft:  # a memory map keeps its file open
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(counts) + 256, hard), hard))
-        self.starts = np.cumsum([0, *counts.values()])  # the stream's token at which each shard starts
-        self.maps = [np.memmap(f, "<u2", "r", HEADER_BYTES, (n,)) for f, n in counts.items()]
-        for tokens in self.maps:  # windows lie anywhere: to read ahead would read 128 KB for each 1 KB
-            tokens._mmap.madvise(mmap.MADV_RANDOM)
+        if len(self.files) + 256 > soft:  # a memory map keeps its file open
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(self.files) + 256, hard), hard))
+        self.maps = [map_shard(f) for f in self.files]
+        self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
-        self.files = list(counts)
-        self.stamps = [self.stamp(f) for f in counts]
+        self.stamps = [self.stamp(f) for f in self.files]
 
     @staticmethod
     def stamp(path: Path):

@@ -1115,12 +1115,12 @@ def test_damaged_shards(here, kind):
     for i in range(3):
         write_shard(here / f"out/train_{i:06d}.bin", range(100))
     path = here / "out/train_000001.bin"
-    assert pd.read_header(path) == 100
+    assert len(pd.map_shard(path)) == 100
     damage(path)
     if kind == "bare tokens":
         fragments = ["train_000001.bin", "nanoGPT"]
     with pytest.raises(pd.UserError) as error:
-        pd.read_header(path)
+        pd.map_shard(path)
     for fragment in fragments:
         assert fragment in str(error.value)
     if kind != "gone":

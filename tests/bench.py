@@ -1,0 +1,166 @@
+"""Measure: python tests/bench.py [prepare|loader] ...
+
+Every figure is a ratio of medians from interleaved rounds in one run, since machines are noisy. `prepare` generates its
+own text, so the rates are those of that text on this machine.
+"""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import numpy as np
+
+import prepare_data
+
+ROUNDS, MEGABYTES = 5, 60
+
+
+def machine() -> str:
+    """One line that says what was measured on."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':')[1].strip()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def seconds(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    print(f"\n{title}\n{machine()}, medians of {ROUNDS} interleaved rounds\n")
+    for row in [("", "rate", "ratio"), *rows]:
+        print(f"  {row[0]:<52}{row[1]:>18}{row[2]:>8}")
+
+
+def stdlib_documents(folder: Path) -> tuple[Path, list[str]]:
+    """A .jsonl of about MEGABYTES made of shuffled pieces of the standard library, and its texts."""
+    rng, texts, size = random.Random(0), [], 0
+    sources = [p.read_text(encoding="utf-8", errors="replace") for p in prepare_data.stdlib_files()]
+    while size < MEGABYTES * 1e6:
+        source = rng.choice(sources)
+        start = rng.randrange(max(1, len(source) - 3000))
+        texts.append(source[start : start + rng.randint(500, 6000)])
+        size += len(texts[-1])
+    path = folder / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    return path, texts
+
+
+def bench_prepare(folder: Path, tokenizer: str, workers: int) -> None:
+    """prepare_data.py against the encoder alone, and against datasets.map followed by writing the ids."""
+    corpus, texts = stdlib_documents(folder)
+    encoder = prepare_data.load_encoder(tokenizer)
+    chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
+    tokens = sum(len(ids) + 1 for chunk in chunks for ids in encoder.encode_batch(chunk))
+    one_core = chunks[: len(chunks) // workers]  # as much text for one core as each of several has
+    share = sum(len(ids) + 1 for chunk in one_core for ids in encoder.encode_batch(chunk))
+
+    def ours():
+        section = {"name": str(corpus), "hf_tokenizer_path": tokenizer, "n_ctx": 513, "path": str(folder / "ours")}
+        config = {"train_dataset_config": section, "val_dataset_config": section | {"split": "train[:1]"}}
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            prepare_data.prepare(prepare_data.dataset_configs(config), None, workers, 100_000_000)
+        shutil.rmtree(folder / "ours")
+
+    def bare():
+        for chunk in one_core:
+            encoder.encode_batch(chunk)
+
+    def usual():
+        import datasets
+        from tokenizers import Tokenizer
+
+        datasets.disable_progress_bars()
+        tok = Tokenizer.from_str(encoder.json.decode())
+
+        def encode(rows):
+            return {"ids": [[*tok.encode(t, add_special_tokens=False).ids, encoder.eos_token_id] for t in rows["text"]]}
+
+        rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder / "cache"))
+        rows = rows.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
+        with open(folder / "usual.bin", "wb") as f:
+            for batch in rows.iter(batch_size=1000):
+                f.write(np.concatenate(batch["ids"]).astype(np.uint16).tobytes())
+        shutil.rmtree(folder / "cache")
+
+    times = {"ours": [], "bare": [], "usual": []}
+    for _ in range(ROUNDS):
+        times["bare"].append(seconds(bare))
+        times["ours"].append(seconds(ours))
+        with contextlib.suppress(ImportError):
+            times["usual"].append(seconds(usual))
+    rate = {"ours": tokens / statistics.median(times["ours"]), "bare": share / statistics.median(times["bare"])}
+    rows = [
+        (f"prepare_data.py, {workers} workers", f"{rate['ours']:,.0f} tok/s", "1.00"),
+        (f"{workers} x the encoder alone on one core", f"{workers * rate['bare']:,.0f} tok/s", ""),
+        ("  prepare_data.py over that", "", f"{rate['ours'] / workers / rate['bare']:.2f}"),
+    ]
+    if times["usual"]:
+        usual_rate = tokens / statistics.median(times["usual"])
+        rows += [
+            (f"datasets.map with {workers} processes, then writing ids", f"{usual_rate:,.0f} tok/s", ""),
+            ("  prepare_data.py over that", "", f"{rate['ours'] / usual_rate:.2f}"),
+        ]
+    table(f"preparing {len(texts):,} documents, {tokens:,} tokens, with {tokenizer}", rows)
+
+
+def bench_loader(folder: Path) -> None:
+    """A batch of 1,024 windows of 513 tokens in shuffled order, from 3 and from 3,000 shards of 100M (sparse files)."""
+    shards = {}
+    for n in (3, 3000):
+        (folder / str(n)).mkdir()
+        header = np.zeros(256, "<i4")
+        header[:3] = prepare_data.MAGIC, prepare_data.VERSION, 100_000_000
+        for i in range(n):
+            with open(folder / str(n) / f"train_{i:06d}.bin", "wb") as f:
+                f.write(header.tobytes())
+                f.truncate(prepare_data.HEADER_BYTES + 200_000_000)
+        took = seconds(lambda n=n: shards.update({n: prepare_data.Shards(folder / str(n), "train", "")}))
+        print(f"opening {n:,} shards: {1000 * took:.0f} ms")
+
+    times = {n: [] for n in shards}
+    for epoch in range(ROUNDS):
+        for n, data in shards.items():
+            positions = np.arange(epoch * 1024, (epoch + 1) * 1024)
+            batch = prepare_data.window_order(positions, data.n_tokens // 513, 0)
+            data.windows(batch, 513)  # the page cache is warm after this
+            began = time.perf_counter()
+            data.windows(prepare_data.window_order(positions, data.n_tokens // 513, 0), 513)
+            times[n].append(time.perf_counter() - began)
+    medians = {n: statistics.median(t) for n, t in times.items()}
+    rows = [(f"{n:,} shards", f"{1000 * t:.1f} ms", f"{t / medians[3]:.2f}") for n, t in medians.items()]
+    table("a batch of 1,024 windows of 513 tokens, order included", rows)
+
+
+def main() -> None:
+    what = sys.argv[1:] or ["prepare", "loader"]
+    for name in what:
+        with tempfile.TemporaryDirectory() as folder:
+            if name == "prepare":
+                for tokenizer in os.environ.get("BENCH_TOKENIZERS", "gpt2").split(","):
+                    with tempfile.TemporaryDirectory() as inner:
+                        bench_prepare(Path(inner), tokenizer, os.cpu_count())
+            elif name == "loader":
+                bench_loader(Path(folder))
+            else:
+                sys.exit(f"bench: no benchmark {name!r}; there are prepare and loader")
+
+
+if __name__ == "__main__":
+    main()

@@ -1118,6 +1118,8 @@ def peek(folder: Path, split: str, n: int, prepare: str) -> None:
     import tokenizers
 
     data = Shards(folder, split, prepare)
+    if not data.info:
+        raise UserError(f"{folder} has no dataset.json, which says where documents end: run {prepare}")
     tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokens = data.tokens(0, min(data.n_tokens, 1 << 24))
     ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:n] + 1

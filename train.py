@@ -504,10 +504,10 @@ def main(config_path: str, overrides: list[str]) -> int:
         began, failure = time.monotonic(), ""
         try:
             model = torch.compile(raw_model, dynamic=False)
-            x = torch.zeros(micro, T, dtype=torch.int64, device=device)
+            x, y = (torch.zeros(micro, T, dtype=torch.int64, device=device) for _ in range(2))
             for training in (True, False):
                 with autocast, torch.set_grad_enabled(training):
-                    _, loss = model(x, x, return_logits=False)
+                    _, loss = model(x, y, return_logits=False)
                 if training:
                     loss.backward()
             optimizer.zero_grad(set_to_none=True)

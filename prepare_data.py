@@ -45,6 +45,10 @@ class UserError(Exception):
     """Something the user can mend. The message says what was found, what was wanted, what to do."""
 
 
+class ShardChanged(UserError):
+    """A shard is no longer the file that was opened."""
+
+
 class BadRow(UserError):
     """A row of the source cannot be encoded: what was made of the source so far is of no use."""
 
@@ -766,9 +770,10 @@ class Shards:
 
     def windows(self, ids, length: int) -> np.ndarray:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
-        for shard in {self.locate(int(w) * length)[0] for w in ids}:
+        ends = [token for w in ids for token in (int(w) * length, int(w + 1) * length - 1)]
+        for shard in {self.locate(token)[0] for token in ends}:
             if self.stamp(self.files[shard]) != self.stamps[shard]:
-                raise UserError(
+                raise ShardChanged(
                     f"the shard {self.files[shard]} changed or vanished while it was in use: prepare it again"
                 )
         out = np.empty((len(ids), length), np.uint16)

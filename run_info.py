@@ -23,17 +23,19 @@ from prepare_data import DatasetConfig, Shards, UserError, build, load_encoder, 
 class PretrainRunInfo:
     """A trained run, at one checkpoint; SPD's class of the same name has these fields."""
 
-    checkpoint_path: Path
+    folder: Path
+    checkpoint_path: Path | None  # None only if from_path was told that no weights will do
     config_dict: dict[str, Any]  # final_config.yaml
     model_config_dict: dict[str, Any]  # model_config.yaml
     tokenizer_path: Path | None  # the run's own tokenizer.json
     hf_tokenizer_path: str | None  # what the config calls the tokenizer
 
     @classmethod
-    def from_path(cls, path: str | Path, step: int | None = None) -> "PretrainRunInfo":
+    def from_path(cls, path: str | Path, step: int | None = None, weights: bool = True) -> "PretrainRunInfo":
         """The run at `path`, a run folder or a checkpoint file, after `step` updates (default: that file, or the last).
 
-        Raises UserError, a FileNotFoundError too, if there is no such run or checkpoint.
+        With weights=False, a run that has saved none yet will do. Raises UserError, a FileNotFoundError too, if there
+        is no such run or checkpoint.
         """
         path = Path(path).expanduser().absolute()
         if path.is_file():
@@ -50,26 +52,22 @@ class PretrainRunInfo:
             configs.append(read_config(folder / name))
         if step is not None or checkpoint is None:
             found = checkpoints_in(folder)
-            if not found:
+            if not found and weights:
                 raise RunNotFound(f"{folder} has no checkpoints/model_step_N.pt: the run has not saved any yet")
             if step is not None and step not in found:
                 raise RunNotFound(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-            checkpoint = found[max(found) if step is None else step]
+            if found:
+                checkpoint = found[max(found) if step is None else step]
         section = configs[0].get("train_dataset_config")
         tokenizer = folder / "tokenizer.json"
         return cls(
+            folder=folder,
             checkpoint_path=checkpoint,
             config_dict=configs[0],
             model_config_dict=configs[1],
             tokenizer_path=tokenizer if tokenizer.exists() else None,
             hf_tokenizer_path=section.get("hf_tokenizer_path") if isinstance(section, dict) else None,
         )
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        here = self.checkpoint_path.parent
-        return here.parent if here.name == "checkpoints" else here
 
     @property
     def checkpoints(self) -> dict[int, Path]:
@@ -152,7 +150,7 @@ def main() -> None:
     parser.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
     args = parser.parse_args()
     try:
-        info = PretrainRunInfo.from_path(args.run, args.step)
+        info = PretrainRunInfo.from_path(args.run, args.step, weights=args.data is None)
         if args.data is not None:
             tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
             for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):

@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from models import MODEL_CLASSES
 from prepare_data import (
     DatasetConfig,
+    ShardChanged,
     Shards,
     UserError,
     build,
@@ -327,24 +328,24 @@ def host_copy(x, copies: dict):
     return type(x)(host_copy(v, copies) for v in x) if isinstance(x, (list, tuple)) else x
 
 
-def environment(data: Shards, world: int, device: torch.device) -> tuple[dict, str]:
+def environment(data: list[Shards], world: int, device: torch.device) -> tuple[dict, bytes]:
     """What a run depends on besides its config, and the uncommitted changes to the code as a diff."""
 
-    def git(*args) -> str | None:
+    def git(*args) -> bytes | None:
         try:
-            here = Path(__file__).parent
-            return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout
+            return subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return None  # no git, or no repository: a copied folder will do
 
-    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD") or ""
+    commit = git("rev-parse", "HEAD")
+    diff = git("diff", "--no-color", "--no-ext-diff", "--binary", "--src-prefix=a/", "--dst-prefix=b/", "HEAD") or b""
     about = {"started": datetime.now().isoformat(timespec="seconds"), "command": sys.argv, "ranks": world}
-    about |= {"git_commit": commit and commit.strip(), "git_dirty": None if commit is None else bool(diff)}
+    about |= {"git_commit": commit and commit.decode().strip(), "git_dirty": None if commit is None else bool(diff)}
     about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["cpu_threads"] = torch.get_num_threads()
-    dataset = data.folder / "dataset.json"
-    about["dataset_sha256"] = sha256_file(dataset) if dataset.exists() else None
+    datasets = [d.folder / "dataset.json" for d in data]
+    about["dataset_sha256"] = {str(path): sha256_file(path) for path in datasets if path.exists()}
     return about, diff
 
 
@@ -437,7 +438,8 @@ def main(config_path: str, overrides: list[str]) -> int:
         torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
     model_class = MODEL_CLASSES[c.model.model_type]
     raw_model = model_class(c.model, init_seed=c.init_seed)
-    if c.from_pretrained and not (c.run_dir and list(Path(c.run_dir).glob("resume*.pt"))):
+    state = load_state(Path(c.run_dir)) if c.run_dir else None
+    if c.from_pretrained and not state:
         load_pretrained(raw_model, c.from_pretrained)
     folder = [choose_folder(c) if rank == 0 else None]
     if world > 1:
@@ -447,11 +449,11 @@ def main(config_path: str, overrides: list[str]) -> int:
         if rank == 0:
             print(f"{folder} holds this run, finished: nothing to do")
         return 0
-    state = load_state(folder)
-    about, diff = environment(train_data, world, device)
+    about, diff = environment([train_data, val_data], world, device)
     before = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
-    if state and before.get("dataset_sha256") != about["dataset_sha256"]:
-        raise UserError(f"{train_data.folder} was prepared anew since {folder} began: choose another run_dir")
+    for path, digest in before.get("dataset_sha256", {}).items():
+        if state and about["dataset_sha256"].get(path) != digest:
+            raise UserError(f"{path} is not the one that {folder} began with: choose another run_dir")
     done = state["step"] if state else 0
     if state:
         raw_model.load_state_dict(state["model"])
@@ -474,7 +476,8 @@ def main(config_path: str, overrides: list[str]) -> int:
         write_text(folder / "tokenizer.json", tokenizer_json.decode())
         write_text(folder / "environment.json", json.dumps(about | {"before": before}, indent=1) + "\n")
         if diff:
-            write_text(folder / "git.diff", diff)
+            with whole_file(folder / "git.diff") as f:
+                f.write(diff)
         metrics = keep_metrics(folder / "metrics.jsonl", done)
         metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)
         log_file = open(folder / "main.log", "a", buffering=1)
@@ -775,7 +778,8 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1], sys.argv[2:]))
     except (UserError, OSError) as e:
-        sys.exit(f"train: {e}" if rank0 else 1)
+        # a rank may be the only one to read a shard
+        sys.exit(f"train: {e}" if rank0 or isinstance(e, ShardChanged) else 1)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             sys.exit("train: out of memory: set a smaller micro_batch_size, which changes no result")

@@ -744,23 +744,22 @@ class Shards:
         self.maps = [map_shard(f) for f in self.files]
         self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
-        self.stamps = [self.stamp(f) for f in self.files]
+        self.stamps = [self.stamp(shard) for shard in range(len(self.files))]
 
-    @staticmethod
-    def stamp(path: Path):
-        """What tells that a file is still the one that was opened; None if it is gone."""
+    def stamp(self, shard: int):
+        """What tells that a shard is still the file that was opened; None if it is gone."""
         with contextlib.suppress(OSError):
-            about = path.stat()
+            about = os.stat(self.files[shard])
             return about.st_ino, about.st_size, about.st_mtime_ns
 
-    def locate(self, token: int) -> tuple[int, int]:
-        """(shard, offset in tokens) of the stream's token number `token`."""
-        shard = int(np.searchsorted(self.starts, token, side="right")) - 1
-        return shard, token - int(self.starts[shard])
+    def locate(self, tokens):
+        """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""
+        shards = np.searchsorted(self.starts, tokens, side="right") - 1
+        return shards, tokens - self.starts[shards]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, uint16; they may lie in several shards."""
-        shard, at = self.locate(start)
+        shard, at = map(int, self.locate(start))
         parts, left = [], stop - start
         while left > 0:
             parts.append(self.maps[shard][at : at + left])
@@ -769,16 +768,17 @@ class Shards:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def windows(self, ids, length: int) -> np.ndarray:
-        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
-        ends = [token for w in ids for token in (int(w) * length, int(w + 1) * length - 1)]
-        for shard in {self.locate(token)[0] for token in ends}:
-            if self.stamp(self.files[shard]) != self.stamps[shard]:
-                raise ShardChanged(
-                    f"the shard {self.files[shard]} changed or vanished while it was in use: prepare it again"
-                )
-        out = np.empty((len(ids), length), np.uint16)
-        for row, w in enumerate(ids):
-            out[row] = self.tokens(int(w) * length, int(w + 1) * length)
+        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. ShardChanged if a file is another one."""
+        starts = np.asarray(ids, np.int64) * length
+        first, offset = self.locate(starts)
+        last, _ = self.locate(starts + length - 1)
+        for shard in {*first.tolist(), *last.tolist()}:
+            if self.stamp(shard) != self.stamps[shard]:
+                raise ShardChanged(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
+        out = np.empty((len(starts), length), np.uint16)
+        places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)
+        for row, (start, shard, end, at) in enumerate(places):
+            out[row] = self.maps[shard][at : at + length] if shard == end else self.tokens(start, start + length)
         return out
 
 

@@ -120,12 +120,12 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
     position = np.arange((update - 1) * c["batch_size"], update * c["batch_size"])
     seed = c["seed"] + (section.seed or 0)
     window = window_order(position, data.n_tokens // section.n_ctx, seed, section.shuffle_each_epoch)
-    places = [data.locate(int(w) * section.n_ctx) for w in window]
+    shard, offset = data.locate(window * section.n_ctx)
     return {
         "position": position,
         "window": window,
-        "shard": np.array([data.files[shard].name for shard, _ in places]),
-        "offset": np.array([offset for _, offset in places]),
+        "shard": np.array([data.files[i].name for i in shard]),
+        "offset": offset,
         "tokens": data.windows(window, section.n_ctx),
     }
 

@@ -24,7 +24,7 @@ import numpy as np
 
 import prepare_data
 
-ROUNDS, MEGABYTES = 5, 60
+ROUNDS, MEGABYTES = 3, 60
 
 
 def machine() -> str:

@@ -312,7 +312,8 @@ def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
 
     try:
         tok = tokenizers.Tokenizer.from_str(data.decode())
-        reader = tokenizers.Tokenizer.from_str(without_special_words(data))
+        words = without_special_words(data)
+        reader = tokenizers.Tokenizer.from_str(words) if words else tok
     except Exception as e:
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
     reader.no_truncation()
@@ -329,13 +330,13 @@ def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
     return TextEncoder(name, data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
 
 
-def without_special_words(data: bytes) -> str:
+def without_special_words(data: bytes) -> str | None:
     """A tokenizer.json whose model cannot find a special token in text, as WordLevel and Unigram can: '</s>' is a word
-    of their vocabulary. Such words get a name that no text has."""
+    of their vocabulary. Such words get a name that no text has. None if the model, a BPE, needs no such change."""
     tok = json.loads(data)
     model, special = tok["model"], {t["content"] for t in tok["added_tokens"] if t["special"]}
     if model.get("type") not in ("WordLevel", "WordPiece", "Unigram"):
-        return data.decode()
+        return None
 
     def hidden(word):
         return f"\U0010ffff{word}" if word in special else word

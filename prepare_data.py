@@ -24,6 +24,7 @@ import mmap
 import os
 import re
 import resource
+import signal
 import sys
 import sysconfig
 import time
@@ -1164,6 +1165,7 @@ def main() -> None:
             for folder in dict.fromkeys(c.folder() for c in sections.values()):
                 verify(folder, command)
         elif args.peek:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may stop reading
             for split, c in sections.items():
                 peek(c.folder(), split, args.peek, command)
         else:

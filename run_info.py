@@ -9,6 +9,7 @@ A path is a run folder or one of its checkpoints. `python run_info.py PATH` show
 
 import argparse
 import re
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -168,4 +169,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may stop reading
     main()

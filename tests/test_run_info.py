@@ -293,6 +293,14 @@ def test_data_on_the_command_line(run_with_data, cli):
         assert tok.decode(ids.tolist(), skip_special_tokens=False) in out
 
 
+def test_output_that_is_not_read_to_its_end(run_with_data):
+    """`run_info.py ... | head` is no error of ours."""
+    command = [sys.executable, ROOT / "run_info.py", run_with_data[0], "--data", "14"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
 # -----------------------------------------------------------------------------
 # the command line
 

@@ -620,7 +620,7 @@ def main(config_path: str, overrides: list[str]) -> int:
     # ---- saving: a copy is taken here, a thread writes it
     writer, writing = ThreadPoolExecutor(1), []
 
-    def write(s: int, weights: dict, optimizer_state: dict | None, resumable: bool) -> None:
+    def write(s: int, weights: dict, optimizer_state: dict | None, scaler_state: dict | None) -> None:
         path = folder / "checkpoints" / f"model_step_{s}.pt"
         if is_checkpoint(s, c):
             with whole_file(path) as f:
@@ -630,9 +630,9 @@ def main(config_path: str, overrides: list[str]) -> int:
             if c.keep_optimizer:
                 with whole_file(path.with_name(f"optim_step_{s}.pt")) as f:
                     torch.save(optimizer_state, f)
-        if resumable:
+        if scaler_state is not None:
             state = {"step": s, "seen_tokens": s * c.batch_size * T, "model": weights}
-            state |= {"optimizer": optimizer_state, "scaler": scaler.state_dict()}
+            state |= {"optimizer": optimizer_state, "scaler": scaler_state}
             new = folder / "resume.new.pt"
             with whole_file(new) as f:
                 torch.save(state, f)
@@ -663,7 +663,8 @@ def main(config_path: str, overrides: list[str]) -> int:
                 os.fsync(metrics_file.fileno())  # the state is never ahead of the metrics
             weights = host_copy(raw_model.state_dict(), {})
             optimizer_state = host_copy(optimizer.state_dict(), {}) if with_optimizer else None
-            writing.append(writer.submit(write, s, weights, optimizer_state, resumable))
+            scaler_state = scaler.state_dict() if resumable else None
+            writing.append(writer.submit(write, s, weights, optimizer_state, scaler_state))
 
     # ---- the loop: s updates are done at its top
     start_time = time.monotonic()

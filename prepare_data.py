@@ -269,7 +269,7 @@ class TextEncoder:
     """A tokenizer that is ready to encode documents."""
 
     name: str
-    json: bytes  # its tokenizer.json
+    make_json: typing.Callable  # () -> the bytes of its tokenizer.json
     vocab_size: int  # the greatest id + 1
     eos_token_id: int
     encode_batch: typing.Callable  # list of texts -> list of id sequences, without any special token
@@ -278,6 +278,11 @@ class TextEncoder:
     def __post_init__(self):
         if self.vocab_size > 65536:
             raise UserError(f"the tokenizer {self.name} has {self.vocab_size} ids, but a shard's uint16 holds 65536")
+
+    @property
+    def json(self) -> bytes:
+        """Its tokenizer.json."""
+        return self.make_json()
 
 
 def load_encoder(name: str) -> TextEncoder:
@@ -328,7 +333,7 @@ def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
     def encode_batch(texts):
         return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return TextEncoder(name, data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
+    return TextEncoder(name, lambda: data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
 
 
 def without_special_words(data: bytes) -> str | None:
@@ -367,7 +372,13 @@ def gpt2_encoder() -> TextEncoder:
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
 
-    return dataclasses.replace(json_encoder("gpt2", gpt2_json(enc)), encode_batch=encode_batch)
+    made = ThreadPoolExecutor(1).submit(gpt2_json, enc)  # takes most of a second: the encoding begins meanwhile
+    reader = functools.cache(lambda: json_encoder("gpt2", made.result()))
+
+    def decode_batch(ids):
+        return reader().decode_batch(ids)
+
+    return TextEncoder("gpt2", made.result, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
 
 
 def gpt2_json(enc) -> bytes:
@@ -382,15 +393,20 @@ def gpt2_json(enc) -> bytes:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these bytes as themselves
     letters = {b: chr(b) for b in printable}
     letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
-    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
-        while len(parts) > 2:
-            best = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], rank))
-            parts[best : best + 2] = [parts[best] + parts[best + 1]]
-        if len(parts) == 2:
-            merges.append((spelled[parts[0]], spelled[parts[1]]))
+        cuts = list(range(len(token) + 1))  # part i is token[cuts[i] : cuts[i + 1]]
+        pairs = [ranks.get(token[i : i + 2], rank) for i in cuts[:-2]]  # rank of parts i and i + 1, merged
+        while len(pairs) > 1:
+            i = pairs.index(min(pairs))
+            del cuts[i + 1], pairs[i]
+            if i > 0:
+                pairs[i - 1] = ranks.get(token[cuts[i - 1] : cuts[i + 1]], rank)
+            if i < len(pairs):
+                pairs[i] = ranks.get(token[cuts[i] : cuts[i + 2]], rank)
+        if pairs:
+            merges.append((spelled[token[: cuts[1]]], spelled[token[cuts[1] :]]))
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": enc.eot_token}
     return byte_level_bpe(models.BPE(vocab, merges)).to_str().encode()
 
@@ -847,7 +863,8 @@ def parse_row(source, place, raw, vocab_size: int | None):
         if vocab_size is None:
             if not isinstance(value, str):
                 raise ValueError(f"column {source.column} holds {type(value).__name__}, not text")
-            value.encode()
+            if not value.isascii():
+                value.encode()
             return value
         ids = np.array(value if isinstance(value, list) and value else [], dtype=None if value else np.int64)
         if not isinstance(value, list) or ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -874,7 +891,7 @@ def encode_rows(batch, source, encoder: TextEncoder, is_tokenized: bool):
     tokens = np.full(lengths.sum(), encoder.eos_token_id, np.uint16)
     for start, document in zip(np.cumsum(lengths) - lengths, ids, strict=True):
         tokens[start : start + len(document)] = document
-    return tokens, lengths, np.array([len(t.encode()) for t in texts])
+    return tokens, lengths, np.array([len(t if t.isascii() else t.encode()) for t in texts])
 
 
 def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
@@ -1056,14 +1073,14 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
 
         try:
             save()
-            if encoder is None and "tokenizer" in progress:
+            trained = encoder is None
+            if trained and "tokenizer" in progress:
                 encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
-            elif encoder is None:
+            elif trained:
                 encoder = trained_encoder(configs["train"], opened["train"])
-            if "tokenizer" not in progress:
                 with whole_file(folder / "tokenizer.json") as f:
                     f.write(encoder.json)
-                progress["tokenizer"] = "written"
+                progress["tokenizer"] = "trained"
                 save()
             for split, done in progress["splits"].items():
                 if not done.get("finished"):
@@ -1072,6 +1089,9 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
                         encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=tokenized
                     )
                     encode_split(folder, split, opened[split], encode, shard_tokens, workers, done, save)
+            if not trained:
+                with whole_file(folder / "tokenizer.json") as f:
+                    f.write(encoder.json)
         except BadRow:  # the source has to change, and what is here would not fit it then
             for path in [*folder.glob("*.bin"), folder / "tokenizer.json", folder / PROGRESS, folder / ".lock"]:
                 path.unlink(missing_ok=True)

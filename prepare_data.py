@@ -714,29 +714,38 @@ class ShardWriter:
         self.file, self.tokens, self.documents = None, 0, 0
 
 
-def map_shard(path: Path) -> np.ndarray:
-    """The tokens (n,) uint16 of the shard `path`, memory-mapped. UserError if it is not a whole shard."""
+def map_shard(path: Path):
+    """The shard `path`: (file, tokens (n,) uint16), open and memory-mapped. UserError if it is not a whole shard."""
     try:
-        with open(path, "rb", buffering=0) as f:
-            header, size = (
-                np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4"),
-                os.fstat(f.fileno()).st_size,
+        f = open(path, "rb", buffering=0)
+        header, size = (
+            np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4"),
+            os.fstat(f.fileno()).st_size,
+        )
+        if header[0] != MAGIC or header[1] != VERSION:
+            raise UserError(
+                f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Prepare it again; "
+                "if it is nanoGPT's, bare uint16, put 256 int32 in front: these two, the token count, zeros"
             )
-            if header[0] != MAGIC or header[1] != VERSION:
-                raise UserError(
-                    f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Prepare it again; "
-                    "if it is nanoGPT's, bare uint16, put 256 int32 in front: these two, the token count, zeros"
-                )
-            if size != HEADER_BYTES + 2 * int(header[2]):
-                raise UserError(
-                    f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
-                    f"{HEADER_BYTES + 2 * int(header[2])} bytes, not {size}; delete its folder and prepare it again"
-                )
-            mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
+        if size != HEADER_BYTES + 2 * int(header[2]):
+            raise UserError(
+                f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
+                f"{HEADER_BYTES + 2 * int(header[2])} bytes, not {size}; delete its folder and prepare it again"
+            )
+        mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as e:
         raise UserError(f"cannot read the shard {path}: {e.strerror}") from e
     mapped.madvise(mmap.MADV_RANDOM)  # windows lie anywhere: to read ahead would read 128 KB for each 1 KB
-    return np.frombuffer(memoryview(mapped)[HEADER_BYTES:], "<u2")
+    return f, np.frombuffer(memoryview(mapped)[HEADER_BYTES:], "<u2")
+
+
+def stamp(fd: int):
+    """What tells that an open file is as it was when it was opened; None if it has been deleted or replaced."""
+    try:
+        about = os.fstat(fd)  # half the time of a stat by name, and a batch asks for hundreds
+    except OSError:
+        return None
+    return (about.st_size, about.st_mtime_ns) if about.st_nlink else None
 
 
 class Shards:
@@ -757,18 +766,14 @@ class Shards:
             if not f.exists():
                 raise UserError(f"the shard {f} is gone: delete {folder} and run {prepare}")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if len(self.files) + 256 > soft:  # a memory map keeps its file open
-            resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(self.files) + 256, hard), hard))
-        self.maps = [map_shard(f) for f in self.files]
+        wanted = 2 * len(self.files) + 256  # a memory map keeps its file open, and so do we
+        if wanted > soft:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(wanted, hard), hard))
+        self.open_files, self.maps = zip(*map(map_shard, self.files), strict=True)
+        self.fds = [f.fileno() for f in self.open_files]
         self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
-        self.stamps = [self.stamp(shard) for shard in range(len(self.files))]
-
-    def stamp(self, shard: int):
-        """What tells that a shard is still the file that was opened; None if it is gone."""
-        with contextlib.suppress(OSError):
-            about = os.stat(self.files[shard])
-            return about.st_ino, about.st_size, about.st_mtime_ns
+        self.stamps = [stamp(fd) for fd in self.fds]
 
     def locate(self, tokens):
         """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""
@@ -791,7 +796,7 @@ class Shards:
         first, offset = self.locate(starts)
         last, _ = self.locate(starts + length - 1)
         for shard in {*first.tolist(), *last.tolist()}:
-            if self.stamp(shard) != self.stamps[shard]:
+            if stamp(self.fds[shard]) != self.stamps[shard]:
                 raise ShardChanged(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
         out = np.empty((len(starts), length), np.uint16)
         places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)
@@ -818,15 +823,15 @@ def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
     point, and a keyed coin, the same for both, swaps the two or not. So every round is a permutation, of any n, and
     after some 6 log2(n) of them it looks like a random one.
     """
-    x = x.astype(np.int64)
-    rounds = 6 * max(8, n.bit_length())
+    x, n = x.astype(np.uint64), np.uint64(n)
+    rounds = 6 * max(8, int(n).bit_length())
     keys = mix(np.uint64(key) + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    for pivot, coin in zip((keys[:rounds] % np.uint64(n)).astype(np.int64), keys[rounds:], strict=True):
+    for pivot, coin in zip(keys[:rounds] % n, keys[rounds:], strict=True):
         mirror = pivot - x
-        mirror += n * (mirror < 0)
-        swap = mix(np.maximum(x, mirror).view(np.uint64) ^ coin) & np.uint64(1)
+        mirror = np.minimum(mirror, mirror + n)  # pivot - x modulo n: below 0, an unsigned number is huge
+        swap = mix(np.maximum(x, mirror) ^ coin) & np.uint64(1)
         x = np.where(swap, mirror, x)
-    return x
+    return x.astype(np.int64)
 
 
 def window_order(positions, n_windows: int, seed: int, shuffle_each_epoch: bool = True) -> np.ndarray:

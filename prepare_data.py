@@ -753,7 +753,7 @@ class Shards:
 
     def __init__(self, folder: Path, split: str, prepare: str):
         """`prepare` is the command that writes the shards, for the error that they are not there."""
-        self.folder, self.info = folder, {}
+        self.folder, self.split, self.info = folder, split, {}
         if (folder / "dataset.json").exists():
             self.info = read_json(folder / "dataset.json")
             entries = self.info["splits"].get(split, {}).get("shards", [])
@@ -774,6 +774,13 @@ class Shards:
         self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
         self.stamps = [stamp(fd) for fd in self.fds]
+
+    def fingerprint(self) -> tuple[str, str]:
+        """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
+        if self.info:
+            return str(self.folder / "dataset.json"), sha256_file(self.folder / "dataset.json")
+        listing = json.dumps([[f.name, len(tokens)] for f, tokens in zip(self.files, self.maps, strict=True)])
+        return f"{self.folder}/*{self.split}*.bin", hashlib.sha256(listing.encode()).hexdigest()
 
     def locate(self, tokens):
         """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""

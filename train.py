@@ -22,7 +22,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NoReturn, get_args, get_origin
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from prepare_data import (
     key,
     load_encoder,
     read_config,
-    sha256_file,
     whole_file,
     window_order,
     write_text,
@@ -344,8 +343,7 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
     about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
     about["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about["cpu_threads"] = torch.get_num_threads()
-    datasets = [d.folder / "dataset.json" for d in data]
-    about["dataset_sha256"] = {str(path): sha256_file(path) for path in datasets if path.exists()}
+    about["dataset_sha256"] = dict(d.fingerprint() for d in data)
     return about, diff
 
 
@@ -376,14 +374,14 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
 
 
-def main(config_path: str, overrides: list[str]) -> int:
+def main(config_path: str, overrides: list[str]) -> NoReturn:
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
 
     # ---- a signal ends the update in hand, then the run; before the first update it ends the run at once
     signals = []  # the times at which one came
-    looping = False
+    looping, folder = False, None
 
     def on_signal(number, _) -> None:
         # one Ctrl-C reaches a rank twice, from the terminal and from torchrun: only a later one is the second
@@ -392,6 +390,8 @@ def main(config_path: str, overrides: list[str]) -> int:
         if again or not looping:
             if rank == 0:
                 print("train: stopped by a signal; what was saved before is kept", file=sys.stderr, flush=True)
+                if folder and (folder / "status").exists():
+                    write_text(folder / "status", "interrupted\n")
             os._exit(INTERRUPTED)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -399,9 +399,10 @@ def main(config_path: str, overrides: list[str]) -> int:
 
     def stopping() -> bool:
         """Whether a signal has reached any rank. All ranks ask at the same places, and so agree."""
+        if world == 1:
+            return len(signals) > 0
         flag = torch.tensor(len(signals))
-        if world > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     # ---- set-up: everything that can be wrong is found before anything is written
@@ -441,14 +442,14 @@ def main(config_path: str, overrides: list[str]) -> int:
     state = load_state(Path(c.run_dir)) if c.run_dir else None
     if c.from_pretrained and not state:
         load_pretrained(raw_model, c.from_pretrained)
-    folder = [choose_folder(c) if rank == 0 else None]
+    chosen = [choose_folder(c) if rank == 0 else None]
     if world > 1:
-        dist.broadcast_object_list(folder)
-    folder = folder[0]
+        dist.broadcast_object_list(chosen)
+    folder = chosen[0]
     if (folder / "status").exists() and (folder / "status").read_text() == "finished\n":
         if rank == 0:
             print(f"{folder} holds this run, finished: nothing to do")
-        return 0
+        leave(0)
     about, diff = environment([train_data, val_data], world, device)
     before = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
     for path, digest in before.get("dataset_sha256", {}).items():
@@ -474,10 +475,14 @@ def main(config_path: str, overrides: list[str]) -> int:
         write_text(folder / "final_config.yaml", yaml.safe_dump(config_dict(c), sort_keys=False))
         write_text(folder / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(c.model), sort_keys=False))
         write_text(folder / "tokenizer.json", tokenizer_json.decode())
-        write_text(folder / "environment.json", json.dumps(about | {"before": before}, indent=1) + "\n")
+        diff_path = folder / "git.diff"
+        while diff and diff_path.exists() and diff_path.read_bytes() != diff:  # an earlier start's is kept
+            diff_path = diff_path.with_name(f"{diff_path.stem}+.diff")
         if diff:
-            with whole_file(folder / "git.diff") as f:
+            with whole_file(diff_path) as f:
                 f.write(diff)
+        about |= {"git_diff": diff_path.name if diff else None, "before": before}
+        write_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
         metrics = keep_metrics(folder / "metrics.jsonl", done)
         metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)
         log_file = open(folder / "main.log", "a", buffering=1)
@@ -570,14 +575,17 @@ def main(config_path: str, overrides: list[str]) -> int:
         return (total[0] / total[1]).item()
 
     def sample(s: int) -> str | None:
-        """Text that the model writes after EOS, drawn by sample_seed and s alone; None if a signal came."""
+        """Text that rank 0 writes after EOS, drawn by sample_seed and s alone; None if a signal came to any rank."""
         ids = torch.tensor([eos], device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
             torch.manual_seed(c.sample_seed + s)
-            while len(ids) <= SAMPLE_TOKENS and not (len(ids) > 1 and ids[-1] == eos):
-                if signals:
+            for _ in range(0, SAMPLE_TOKENS, 8):
+                if stopping():
                     return None
-                ids = raw_model.generate(ids, 8, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
+                if rank == 0 and not (len(ids) > 1 and ids[-1] == eos):
+                    ids = raw_model.generate(ids, 8, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
+        if rank > 0:
+            return None
         return tokenizer.decode([i for i in ids.tolist()[1:] if i < vocab_size], skip_special_tokens=True)
 
     if rank == 0:
@@ -644,11 +652,12 @@ def main(config_path: str, overrides: list[str]) -> int:
         """Wait for what is being written; whether all of it is on disk."""
         try:
             while writing:
-                writing.pop().result()
+                s, written = writing.pop()
+                written.result()
             return True
         except (OSError, RuntimeError) as e:  # torch.save has RuntimeErrors for a full disk
             reason = (str(e).strip().splitlines() or [""])[0]
-            log(f"could not save ({reason}): training goes on, and the next save may succeed")
+            log(f"could not save what update {s} left ({reason}): training goes on, and the next save may succeed")
             return False
 
     def save(s: int, resumable: bool) -> None:
@@ -664,7 +673,7 @@ def main(config_path: str, overrides: list[str]) -> int:
             weights = host_copy(raw_model.state_dict(), {})
             optimizer_state = host_copy(optimizer.state_dict(), {}) if with_optimizer else None
             scaler_state = scaler.state_dict() if resumable else None
-            writing.append(writer.submit(write, s, weights, optimizer_state, scaler_state))
+            writing.append((s, writer.submit(write, s, weights, optimizer_state, scaler_state)))
 
     # ---- the loop: s updates are done at its top
     start_time = time.monotonic()
@@ -690,7 +699,7 @@ def main(config_path: str, overrides: list[str]) -> int:
                 log(f"step {s}/{updates} | val loss {val_loss:.4f}{bpb}")
         if due(s, c.sample_every, updates):
             flush()  # W&B takes steps in order only
-        if rank == 0 and due(s, c.sample_every, updates) and (text := sample(s)) is not None:
+        if due(s, c.sample_every, updates) and (text := sample(s)) is not None:
             log(f"step {s}/{updates} | sample:\n{text}\n")
             samples.append([s, text])
             if track:
@@ -764,8 +773,21 @@ def main(config_path: str, overrides: list[str]) -> int:
             log(f"done: {folder}")
     if world > 1:
         dist.barrier()  # no rank leaves before rank 0 has written: the first to go may end the others
-        dist.destroy_process_group()
-    return INTERRUPTED if stop and on_disk else int(not on_disk)
+    leave(INTERRUPTED if stop and on_disk else int(not on_disk))
+
+
+def leave(status: int | str) -> NoReturn:
+    """End this process, as sys.exit does; of several ranks, without taking Python and the process group down.
+
+    That may hang, and did once in thirty runs: DDP's destructor holds Python's lock and joins a thread that wants it.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    if isinstance(status, str):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status if isinstance(status, int) else 1)
 
 
 if __name__ == "__main__":
@@ -777,13 +799,13 @@ if __name__ == "__main__":
     if not rank0:
         warnings.simplefilter("ignore")
     try:
-        sys.exit(main(sys.argv[1], sys.argv[2:]))
+        main(sys.argv[1], sys.argv[2:])
     except (UserError, OSError) as e:
         # a rank may be the only one to read a shard
-        sys.exit(f"train: {e}" if rank0 or isinstance(e, ShardChanged) else 1)
+        leave(f"train: {e}" if rank0 or isinstance(e, ShardChanged) else 1)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
-            sys.exit("train: out of memory: set a smaller micro_batch_size, which changes no result")
+            leave("train: out of memory: set a smaller micro_batch_size, which changes no result")
         if dist.is_initialized() and "peer" in str(e):  # gloo's word for a rank that is gone
-            sys.exit(f"train: rank {os.environ['RANK']} lost another rank: the run ends; the same command goes on")
+            leave(f"train: rank {os.environ['RANK']} lost another rank: the run ends; the same command goes on")
         raise

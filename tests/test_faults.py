@@ -285,6 +285,21 @@ def test_uncommitted_changes_are_saved(lab, repository, tmp_path, request, name,
         assert (repository / name).read_bytes() == changed
 
 
+def test_a_continued_run_keeps_the_diff_of_its_start(lab, repository):
+    folder, diffs = lab.root / "diffs", []
+    for change in ("first", "second", "second"):
+        with open(repository / "models.py", "a") as f:
+            f.write(f"# {change} change\n" if len(diffs) < 2 else "")
+        about = environment_of(lab, "diffs", repository)
+        diffs.append((folder / about["git_diff"]).read_text())
+        (folder / "status").write_text("interrupted\n")
+    assert "first change" in diffs[0]
+    assert "second change" in diffs[1]
+    assert diffs[2] == diffs[1]
+    assert (folder / "git.diff").read_text() == diffs[0]
+    assert len(list(folder.glob("*.diff"))) == 2
+
+
 @pytest.mark.parametrize("what", ["no repository", "no commit", "no git"])
 def test_without_git_the_commit_is_null(lab, scripts, tmp_path, what):
     if what == "no commit":
@@ -430,6 +445,22 @@ def test_data_prepared_anew_is_not_continued_with(lab, base, split):
     assert re.fullmatch(r"train: .+\n", result.err), result.err
     assert data.name in result.err
     assert contents(folder) == before
+
+
+def test_foreign_shards_of_another_length_are_not_continued_with(lab):
+    """They have no dataset.json to tell them apart."""
+    data, folder = lab.root / "foreign", lab.root / "foreign run"
+    tokenizer = lab.root / "data" / "tokenizer.json"
+    options = [f"{s}.{k}" for s in SECTIONS[1:] for k in (f"path={data}", f"hf_tokenizer_path={tokenizer}")]
+    options += [f"{s}.train_tokenizer_vocab_size=null" for s in SECTIONS[1:]]
+    data.mkdir()
+    for split in ("train", "val"):
+        shutil.copy(lab.root / "data" / f"{split}_000000.bin", data / f"x_{split}_0.bin")
+    assert lab.run(*options, f"run_dir={folder}", traps={0: (READS, 12, [signal.SIGTERM])}).code == 75
+    shutil.copy(data / "x_val_0.bin", data / "x_train_0.bin")
+    result = lab.run(*options, f"run_dir={folder}")
+    assert result.code not in (0, 75), result.out
+    assert re.fullmatch(r"train: .*train.*another run_dir\n", result.err), result.err
 
 
 # -----------------------------------------------------------------------------
@@ -587,6 +618,8 @@ def test_a_signal_before_the_first_update(lab, base, base2, place, ranks, victim
     assert all(r.code != 0 for r in results), results
     assert "Traceback" not in "".join(r.out + r.err for r in results)
     assert re.search(r"is kept|the same command goes on", "".join(r.err for r in results)), results
+    if victim == 0 and place == "torch.compile":  # the folder is there already, and rank 0 keeps its status
+        assert (folder / "status").read_text() == "interrupted\n"
     assert not (folder / "status").exists() or (folder / "status").read_text() != "finished\n"
     assert_same_run(lab.train(name, *LONG, ranks=ranks), (base, base2)[ranks - 1])
 
@@ -610,6 +643,23 @@ def test_a_rank_that_dies_ends_the_run(lab, place, nth, split, victim):
     other = results[1 - victim]
     assert other.code > 0, other
     assert re.fullmatch(r"train: rank \d lost another rank: .+\n", other.err), other.err
+
+
+def told_of_its_end(note: Path) -> None:
+    class DDP(torch.nn.parallel.DistributedDataParallel):
+        def __del__(self):
+            note.touch()
+
+    torch.nn.parallel.DistributedDataParallel = DDP
+
+
+@pytest.mark.parametrize("options, code", [((), 0), (("learning_rate=1e30",), 1)], ids=["finished", "not finite"])
+def test_ranks_end_without_destroying_their_process_group(lab, options, code):
+    """Its destructor waits, with Python's lock held, for a thread that may be waiting for that lock."""
+    note = lab.root / f"destroyed {code}"
+    started = lab.start(*options, "grad_clip=null", ranks=2, traps=dict.fromkeys((0, 1), (told_of_its_end, note)))
+    assert [r.code for r in lab.finish(started)] == [code] * 2
+    assert not note.exists()
 
 
 def n_lines(path: Path) -> int:

@@ -559,7 +559,7 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
     @torch.no_grad()
     def validate() -> float | None:
         """Mean loss in nats per token over the validation windows of all ranks; None if a signal came."""
-        total = torch.zeros(2, dtype=torch.float64)  # sum of losses, tokens
+        losses, counts = [torch.zeros((), device=device)], [0]  # mean loss of each batch, its windows
         for i in range(0, n_val, micro * world):
             if stopping():
                 return None
@@ -568,8 +568,13 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
                 x, y = tensors(val_data.windows(np.resize(ids, micro), T + 1))
                 y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
                 with autocast:
-                    _, loss = forward(x.to(device), y.to(device), return_logits=False)
-                total += torch.tensor([loss.item() * len(ids) * T, len(ids) * T], dtype=torch.float64)
+                    _, loss = forward(
+                        x.to(device, non_blocking=True), y.to(device, non_blocking=True), return_logits=False
+                    )
+                losses.append(loss)
+                counts.append(len(ids))
+        counts = torch.tensor(counts, dtype=torch.float64)
+        total = torch.stack(((torch.stack(losses).cpu() * counts).sum(), counts.sum()))
         if world > 1:
             dist.all_reduce(total)
         return (total[0] / total[1]).item()

@@ -31,7 +31,6 @@ from test_train import (
     assert_close_run,
     assert_same_run,
     equal,
-    in_child,
     metrics,
     parts,
     refused,
@@ -51,19 +50,6 @@ ROOT = test_train.ROOT
 # several micro-batches, a long validation and samples: places to be interrupted at
 LONG = "val_max_steps=100", "micro_batch_size=1", "sample_every=12"
 SOON = 6  # seconds, on a busy machine: far less than what the faults below would make a run wait if it waited
-
-
-def child(argv, cwd, env, output, hook):
-    """test_train's child, in which a hook (function, *arguments) may first prepare a fault."""
-    if hook and callable(hook[0]):
-        hook[0](*hook[1:])
-        hook = None
-    in_child(argv, cwd, env, output, hook)
-
-
-@pytest.fixture(autouse=True)
-def hooks(monkeypatch):
-    monkeypatch.setattr(test_train, "in_child", child)
 
 
 @pytest.fixture(scope="module")

@@ -87,13 +87,16 @@ class Result:
 def in_child(argv, cwd, env, output, trap):
     """`python train.py ARGV` in a process forked after the imports, which take longer than a whole run here.
 
-    A trap (function, n, signals) sends the process the signals when it calls the function for the nth time.
+    A trap (function, n, signals) sends the process the signals when it calls the function for the nth time; a trap
+    (callable, *arguments) is called first.
     """
     os.chdir(cwd)
     os.environ.update(env)
     for fd, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{output}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    if trap:
+    if trap and callable(trap[0]):
+        trap[0](*trap[1:])
+    elif trap:
         place, nth, numbers = trap
         owner, name = place.rsplit(".", 1)
         owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
@@ -694,6 +697,36 @@ def test_compiled_is_close_to_eager_and_resumes_to_the_bit(lab, base):
     assert len(reasons) == 1 and "grad_mode" in reasons[0], reasons  # validation's graph, and nothing else
     again = interrupted(lab, "compiled again", "compile=true")
     assert_same_run(lab.train(again.name, "compile=true"), folder)
+
+
+def counting_syncs(note: Path):
+    """Write, at the end, how often a tensor was asked for its value: on a GPU each time is a wait for the device."""
+    calls = dict.fromkeys(("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"), 0)
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        return call
+
+    for name in calls:
+        setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
+    exit_ = sys.exit
+    sys.exit = lambda *args: (note.write_text(json.dumps(calls)), exit_(*args))
+
+
+def test_the_device_is_not_waited_for_between_log_lines(lab):
+    """As many values are asked for in 20 updates as in 100, where nothing but the first and the last is logged."""
+    options = "train_log_every=1000", "val_loss_every=0", "resume_every=0", "intermediate_checkpoints=false"
+    options += "grad_clip=1.0", "warmup_iters=0", "learning_rate=1e-3"
+    seen = []
+    for updates in (20, 100):
+        note = lab.root / f"syncs {updates}"
+        lab.train(f"{updates} updates", *options, f"num_iterations={updates}", traps={0: (counting_syncs, note)})
+        seen.append(json.loads(note.read_text()))
+    assert seen[0]["tolist"] == 2
+    assert seen[1] == seen[0]
 
 
 def test_without_a_compiler_training_goes_on_eager(lab, base, tmp_path):

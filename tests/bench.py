@@ -1,4 +1,4 @@
-"""Measure: python tests/bench.py [prepare|loader] ...
+"""Measure: python tests/bench.py [prepare|loader|loop|start] ...
 
 Every figure is a ratio of medians from interleaved rounds in one run, since machines are noisy. `prepare` generates its
 own text, so the rates are those of that text on this machine.
@@ -7,11 +7,13 @@ own text, so the rates are those of that text on this machine.
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import platform
 import random
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,10 +23,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch
 
 import prepare_data
+import train
+from models import MODEL_CLASSES
 
 ROUNDS, MEGABYTES = 3, 60
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
 
 def machine() -> str:
@@ -148,18 +155,131 @@ def bench_loader(folder: Path) -> None:
     table("a batch of 1,024 windows of 513 tokens, order included", rows)
 
 
+LOOP_UPDATES = 60
+
+
+def quickstart(folder: Path) -> list[str]:
+    """Prepare the quick start's data in `folder`: the overrides that train on it, without evaluation or saving."""
+    paths = [f"{split}_dataset_config.path={folder / 'data'}" for split in ("train", "val")]
+    subprocess.run([sys.executable, ROOT / "prepare_data.py", QUICKSTART, *paths], check=True, capture_output=True)
+    quiet = "val_loss_every=0", "sample_every=0", "resume_every=0", "intermediate_checkpoints=false", "compile=false"
+    return [*paths, *quiet, "device=cpu", f"num_iterations={LOOP_UPDATES}", f"output_dir={folder / 'runs'}"]
+
+
+def trained(options: list[str], ranks: int = 1, **env) -> tuple[list[float], float]:
+    """Run train.py on the quick start: (times at which each update's line appeared, the tokens/s it reports last)."""
+    folder = Path(next(o for o in options if o.startswith("output_dir=")).partition("=")[2]) / f"{time.monotonic_ns()}"
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command += [ROOT / "train.py", QUICKSTART, *options, f"run_dir={folder}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | env)
+    seen = [time.monotonic() for line in process.stdout if line.startswith("step ")]
+    if process.wait():
+        sys.exit(f"bench: {' '.join(map(str, command))} failed")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return seen, metrics[-1]["tokens_per_s"]
+
+
+def bare_rate(overrides: list[str]) -> float:
+    """Tokens/s of the same updates on one batch that is there: forward, backward, clipping, AdamW, nothing else."""
+    c = train.load_config(QUICKSTART, overrides)
+    model = MODEL_CLASSES[c.model.model_type](c.model)
+    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, (0.9, 0.95), "cpu")
+    idx = torch.randint(c.model.vocab_size, (c.batch_size, c.model.block_size + 1))
+    for s in range(LOOP_UPDATES):
+        if s == LOOP_UPDATES // 2:
+            began = time.perf_counter()
+        _, loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return (LOOP_UPDATES - LOOP_UPDATES // 2) * c.batch_size * c.model.block_size / (time.perf_counter() - began)
+
+
+def bench_loop(folder: Path) -> None:
+    """train.py's own tokens/s against the bare step, with two ranks against two threads, and with checkpoints."""
+    options = quickstart(folder)
+    rates = {"bare": [], "loop": [], "ranks": []}
+    checkpoint, plain = [], []
+    for _ in range(ROUNDS):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, as train.py has
+            rates["bare"].append(pool.apply(bare_rate, (options,)))
+        rates["loop"].append(trained([*options, f"train_log_every={LOOP_UPDATES // 2}"])[1])
+        rates["ranks"].append(trained([*options, f"train_log_every={LOOP_UPDATES // 2}"], 2, OMP_NUM_THREADS="1")[1])
+        seen, _ = trained([*options, "train_log_every=1", "checkpoint_every=10", "keep_optimizer=true"])
+        took = np.diff(seen)  # took[i] is update i + 2's, with the saving after update i + 1
+        checkpoint += took[9 : LOOP_UPDATES - 2 : 10].tolist()
+        plain += np.delete(took, slice(9, None, 10)).tolist()
+    rate = {name: statistics.median(r) for name, r in rates.items()}
+    threads = torch.get_num_threads()
+    rows = [
+        (f"the bare step, {threads} threads", f"{rate['bare']:,.0f} tok/s", "1.00"),
+        (f"train.py, {threads} threads", f"{rate['loop']:,.0f} tok/s", f"{rate['loop'] / rate['bare']:.2f}"),
+        ("train.py, 2 ranks of 1 thread", f"{rate['ranks']:,.0f} tok/s", f"{rate['ranks'] / rate['bare']:.2f}"),
+        ("an update", f"{1000 * statistics.median(plain):.1f} ms", "1.00"),
+        (
+            "an update after which weights and optimizer are kept",
+            f"{1000 * statistics.median(checkpoint):.1f} ms",
+            f"{statistics.median(checkpoint) / statistics.median(plain):.2f}",
+        ),
+    ]
+    table("the loop, on the quick start's model and data, float32, not compiled", rows)
+
+
+def bench_start(folder: Path) -> None:
+    """From the command to what it is good for: imports, the first update, the first compiled update twice."""
+    options = [*quickstart(folder), "num_iterations=1", "warmup_iters=0"]
+
+    def python(code: str) -> float:
+        return seconds(lambda: subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT))
+
+    def first_update(*more: str, **env) -> float:
+        began = time.monotonic()
+        return trained([*options, *more], **env)[0][0] - began
+
+    times = {name: [] for name in ("torch", "models", "run_info", "update", "compiled", "compiled again")}
+    for i in range(ROUNDS):
+        for name in ("torch", "models", "run_info"):
+            times[name].append(python(f"import {name}"))
+        times["update"].append(first_update())
+        cache = str(folder / f"cache{i}")
+        for name in ("compiled", "compiled again"):
+            times[name].append(first_update("compile=true", TORCHINDUCTOR_CACHE_DIR=cache))
+    middle = {name: statistics.median(t) for name, t in times.items()}
+    rows = [
+        (f"import {name}", f"{middle[name]:.2f} s", f"{middle[name] / middle['torch']:.2f}")
+        for name in ("torch", "models", "run_info")
+    ]
+    rows += [
+        ("train.py to its first update", f"{middle['update']:.2f} s", ""),
+        ("  more than importing torch", f"{middle['update'] - middle['torch']:.2f} s", ""),
+        ("train.py to its first update, compiled, no cache", f"{middle['compiled']:.2f} s", "1.00"),
+        (
+            "the same again, from inductor's cache",
+            f"{middle['compiled again']:.2f} s",
+            f"{middle['compiled again'] / middle['compiled']:.2f}",
+        ),
+    ]
+    table("the start", rows)
+
+
+BENCHMARKS = {"loader": bench_loader, "loop": bench_loop, "start": bench_start}
+
+
 def main() -> None:
-    what = sys.argv[1:] or ["prepare", "loader"]
+    what = sys.argv[1:] or ["prepare", *BENCHMARKS]
     for name in what:
         with tempfile.TemporaryDirectory() as folder:
             if name == "prepare":
                 for tokenizer in os.environ.get("BENCH_TOKENIZERS", "gpt2").split(","):
                     with tempfile.TemporaryDirectory() as inner:
                         bench_prepare(Path(inner), tokenizer, os.cpu_count())
-            elif name == "loader":
-                bench_loader(Path(folder))
+            elif name in BENCHMARKS:
+                BENCHMARKS[name](Path(folder))
             else:
-                sys.exit(f"bench: no benchmark {name!r}; there are prepare and loader")
+                sys.exit(f"bench: no benchmark {name!r}; there are prepare, {', '.join(BENCHMARKS)}")
 
 
 if __name__ == "__main__":

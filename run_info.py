@@ -8,6 +8,7 @@ A path is a run folder or one of its checkpoints. `python run_info.py PATH` show
 """
 
 import argparse
+import json
 import re
 import signal
 import sys
@@ -17,7 +18,16 @@ from typing import Any
 
 import numpy as np
 
-from prepare_data import DatasetConfig, Shards, UserError, build, load_encoder, read_config, window_order
+from prepare_data import (
+    DatasetConfig,
+    Shards,
+    UserError,
+    build,
+    load_encoder,
+    read_config,
+    window_order,
+    without_special_words,
+)
 
 
 @dataclass
@@ -92,17 +102,32 @@ class PretrainRunInfo:
             raise UserError(f"cannot load {self.checkpoint_path}: {type(e).__name__}: {reason}") from e
 
     def load_tokenizer(self):
-        """A tokenizers.Tokenizer with the ids of training: the run's tokenizer.json, or else hf_tokenizer_path."""
+        """A tokenizers.Tokenizer with the ids of training: the run's tokenizer.json, or else hf_tokenizer_path.
+
+        It reads text as prepare_data does: nothing is cut, padded or added, and no special token is read out of text.
+        Raises UserError if there is none, or one with ids outside the model's vocabulary.
+        """
         from tokenizers import Tokenizer
 
-        if self.tokenizer_path:
-            try:
-                return Tokenizer.from_file(str(self.tokenizer_path))
-            except Exception as e:
-                raise UserError(f"{self.tokenizer_path} is damaged: {e}") from e
-        if self.hf_tokenizer_path:
-            return Tokenizer.from_str(load_encoder(self.hf_tokenizer_path).json.decode())
-        raise UserError(f"{self.folder} has no tokenizer.json and its config names no hf_tokenizer_path")
+        if not (self.tokenizer_path or self.hf_tokenizer_path):
+            raise UserError(f"{self.folder} has no tokenizer.json and its config names no hf_tokenizer_path")
+        try:
+            path = self.tokenizer_path
+            data = path.read_bytes() if path else load_encoder(self.hf_tokenizer_path).json
+            data = json.dumps(json.loads(data) | {"truncation": None, "padding": None, "post_processor": None})
+            tok = Tokenizer.from_str(data)
+            tok.encode_special_tokens = True
+            if words := without_special_words(data.encode()):
+                reader = Tokenizer.from_str(words)
+                tok.encode, tok.encode_batch = reader.encode, reader.encode_batch
+        except UserError:
+            raise
+        except Exception as e:
+            raise UserError(f"{self.tokenizer_path} is damaged: {e}") from e
+        size, most = max(tok.get_vocab().values()) + 1, self.model_config_dict.get("vocab_size")
+        if isinstance(most, int) and size > most:
+            raise UserError(f"the tokenizer of {self.folder} has {size} ids, more than the model's vocab_size ({most})")
+        return tok
 
 
 def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import NASTY, bpe_json, environment, wordpiece_json, words_json
 
 import prepare_data
 import train
@@ -218,6 +219,62 @@ def test_a_run_without_tokenizer_json_uses_the_one_named(make_run, tmp_path, tok
     info = PretrainRunInfo.from_path(folder)
     assert info.tokenizer_path is None
     assert json.loads(info.load_tokenizer().to_str())["model"] == json.loads(tokenizer)["model"]
+
+
+def unigram_json() -> str:
+    """A Unigram that adds EOS when asked, and whose vocabulary has it as a word: it could be found in text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    words = [("<unk>", 0.0), ("</s>", -1.0), *((c, -3.0) for c in "abcdefghijklmnopqrstuvwxyz<>/[]|▁")]
+    tok = Tokenizer(models.Unigram(words, 0, False))
+    tok.add_special_tokens(["</s>"])
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tok.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return tok.to_str()
+
+
+SPELLED = {
+    "BPE": bpe_json,
+    "WordPiece": wordpiece_json,
+    "WordLevel": lambda: words_json(NASTY),
+    "Unigram": unigram_json,
+}
+
+
+@pytest.mark.parametrize("kind", SPELLED)
+def test_text_gets_the_ids_of_training(make_run, tmp_path, kind):
+    """The shards' ids, prepared by the script from text that tries to be special."""
+    spelled = SPELLED[kind]()
+    rows = [text for text in NASTY if text] + ["</s>", "one </s> two[EOS]"]
+    section = {"name": str(tmp_path / "docs.jsonl"), "path": str(tmp_path / "data"), "n_ctx": 9}
+    section["hf_tokenizer_path"] = str(tmp_path / "spelled.json")
+    (tmp_path / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in rows))
+    (tmp_path / "spelled.json").write_text(spelled)
+    config = {"train_dataset_config": section, "val_dataset_config": {**section, "split": "train[-3:]"}}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, ROOT / "prepare_data.py", tmp_path / "c.yaml"]
+    subprocess.run(command, check=True, capture_output=True, timeout=60, env=environment())
+
+    folder = make_run()
+    respell(folder, vocab_size=700)
+    shutil.copy(tmp_path / "data" / "tokenizer.json", folder)
+    tok = PretrainRunInfo.from_path(folder).load_tokenizer()
+    eos = json.loads((tmp_path / "data" / "dataset.json").read_text())["tokenizer"]["eos_token_id"]
+    stream = np.fromfile(tmp_path / "data" / "train_000000.bin", "<u2", offset=1024).tolist()
+    assert [i for text in rows for i in (*tok.encode(text).ids, eos)] == stream
+    assert [e.ids for e in tok.encode_batch(rows)] == [tok.encode(text).ids for text in rows]
+    assert tok.decode([eos], skip_special_tokens=False) in ("[EOS]", "<|endoftext|>", "</s>")
+    if kind != "WordLevel":
+        assert tok.decode(tok.encode("one two").ids) == "one two"
+
+
+def test_a_tokenizer_with_ids_that_the_model_has_not_is_refused(make_run):
+    folder = make_run()
+    respell(folder, vocab_size=270)
+    PretrainRunInfo.from_path(folder).load_tokenizer()
+    respell(folder, vocab_size=269)
+    with pytest.raises(prepare_data.UserError, match=r"270 ids.*vocab_size \(269\)"):
+        PretrainRunInfo.from_path(folder).load_tokenizer()
 
 
 def test_a_run_without_any_tokenizer_says_so(make_run):

@@ -396,10 +396,13 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The trained model at `path`: a run folder or a checkpoint file, as run_info.PretrainRunInfo finds it."""
-        from run_info import PretrainRunInfo
+        """The trained model at `path`: a run as run_info.PretrainRunInfo.from_path finds it, or Hugging Face's.
 
-        return cls.from_run_info(PretrainRunInfo.from_path(path))
+        Hugging Face's are a folder with its config.json, or a hub id such as gpt2.
+        """
+        from run_info import load_pretrained
+
+        return load_pretrained(cls, path)
 
 
 # -----------------------------------------------------------------------------

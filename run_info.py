@@ -9,7 +9,9 @@ A path is a run folder or one of its checkpoints. `python run_info.py PATH` show
 
 import argparse
 import json
+import os
 import re
+import shutil
 import signal
 import sys
 from dataclasses import dataclass
@@ -23,8 +25,10 @@ from prepare_data import (
     Shards,
     UserError,
     build,
+    json_encoder,
     load_encoder,
     read_config,
+    sync_folder,
     window_order,
     without_special_words,
 )
@@ -85,18 +89,24 @@ class PretrainRunInfo:
         """Updates done -> file, for every checkpoint on disk, in order."""
         return checkpoints_in(self.folder)
 
-    def load_model(self, cls=None):
-        """The model with this checkpoint's weights, on the CPU; `cls` is its class, for a run that does not say."""
+    @property
+    def model_class(self):
+        """The class of models.py that the config names. Raises UserError if it names none."""
         from models import MODEL_CLASSES
 
         name = self.model_config_dict.get("model_type")
-        if cls is None and name not in MODEL_CLASSES:
+        if name not in MODEL_CLASSES:
             raise UserError(
                 f"{self.folder} does not say which model it holds (model_type: {name}): load it with the class, "
                 "such as models.LlamaSimpleMLP.from_run_info(run_info)"
             )
+        return MODEL_CLASSES[name]
+
+    def load_model(self, cls=None):
+        """The model with this checkpoint's weights, on the CPU; `cls` is its class, for a run that does not say."""
+        cls = cls or self.model_class
         try:
-            return (cls or MODEL_CLASSES[name]).from_run_info(self)
+            return cls.from_run_info(self)
         except Exception as e:  # a damaged file fails in many ways
             reason = " ".join(str(e).split())[:500]
             raise UserError(f"cannot load {self.checkpoint_path}: {type(e).__name__}: {reason}") from e
@@ -169,14 +179,210 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+# -----------------------------------------------------------------------------
+# Hugging Face: both GPT-2s are its gpt2, Llama and LlamaSimple its llama
+
+HF_NAMES = {  # our field -> Hugging Face's; its gpt2 knows them under these names too
+    "block_size": "max_position_embeddings",
+    "vocab_size": "vocab_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_embd": "hidden_size",
+    "n_intermediate": "intermediate_size",
+    "n_key_value_heads": "num_key_value_heads",
+    "attn_bias": "attention_bias",
+    "mlp_bias": "mlp_bias",
+    "rms_norm_eps": "rms_norm_eps",
+}
+
+
+def hf_fields(c) -> dict[str, Any]:
+    """What Hugging Face's config says of a model of our config `c`. Raises UserError if it has no such model."""
+    fields = {theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items() if hasattr(c, ours)}
+    if c.model_type.startswith("GPT2"):
+        fields |= {"model_type": "gpt2", "n_inner": 4 * c.n_embd, "activation_function": "gelu_new"}
+        fields |= {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        return fields | {"add_cross_attention": False, "tie_word_embeddings": True}
+    if c.model_type == "LlamaSimpleMLP":
+        raise UserError("Hugging Face has no class for LlamaSimpleMLP: its Llama's MLP is SwiGLU, of three matrices")
+    if not c.use_grouped_query_attention:
+        raise UserError("Hugging Face's Llama has no merged c_attn, which use_grouped_query_attention: false makes")
+    rope = {"rope_type": "default", "rope_theta": c.rotary_base}
+    fields |= {"model_type": "llama", "head_dim": c.n_embd // c.n_head, "rope_parameters": rope}
+    return fields | {"hidden_act": "silu", "tie_word_embeddings": True}
+
+
+def matching(model, hf):
+    """(tensor of our `model`, tensor of Hugging Face's `hf`), all pairs that hold the same numbers.
+
+    Each pair is two views of one shape, so that copying one into the other converts the model, either way.
+    """
+    gpt2, body, half = hasattr(model, "wpe"), hf.base_model, model.config.n_embd // model.config.n_head // 2
+    modules = [(model.wte, hf.get_input_embeddings()), (model.ln_f, body.ln_f if gpt2 else body.norm)]
+    modules += [(model.wpe, body.wpe)] if gpt2 else []
+    for a, b in zip(model.h, body.h if gpt2 else body.layers, strict=True):
+        if gpt2:
+            modules += [(a.ln_1, b.ln_1), (a.ln_2, b.ln_2)]
+        else:
+            modules += [(a.rms_1, b.input_layernorm), (a.rms_2, b.post_attention_layernorm)]
+        modules += zip(*([m for m in mlp.children() if hasattr(m, "weight")] for mlp in (a.mlp, b.mlp)), strict=True)
+        for name in ("weight", "bias"):
+            views = q_k_v_o(a.attn, name), q_k_v_o(b.attn if gpt2 else b.self_attn, name)
+            for i, (x, y) in enumerate(zip(*views, strict=True)):
+                if i < 2 and getattr(model.config, "rotary_adjacent_pairs", False):  # theirs pairs i with i + half
+                    x, y = x.unflatten(0, (-1, half, 2)), y.unflatten(0, (-1, 2, half)).transpose(1, 2)
+                yield x, y
+    for a, b in modules:
+        yield from ((tensor(a, n), tensor(b, n)) for n in ("weight", "bias") if tensor(a, n) is not None)
+
+
+def q_k_v_o(attn, name: str) -> list:
+    """The weights or biases of an attention's four projections, as views, whichever of them share a module."""
+    parts = {"c_attn": 3, "q_attn": 1, "kv_attn": 2, "q_proj": 1, "k_proj": 1, "v_proj": 1, "c_proj": 1, "o_proj": 1}
+    found = [(tensor(getattr(attn, module), name), n) for module, n in parts.items() if hasattr(attn, module)]
+    return [view for x, n in found if x is not None for view in x.chunk(n)]
+
+
+def tensor(module, name: str):
+    """A module's weight or bias, or None; the weight of a Conv1D, which Hugging Face's GPT-2 is made of, transposed."""
+    x = getattr(module, name, None)
+    return x.t() if type(module).__name__ == "Conv1D" else x
+
+
+def from_hugging_face(cls, name: str):
+    """A model of our class `cls` with the weights of Hugging Face's model `name`, a folder or a hub id.
+
+    Raises UserError if it cannot be loaded, or is not exactly what `cls` computes.
+    """
+    import torch
+
+    try:
+        kind = hf_fields(cls.config_class())["model_type"]
+    except UserError as e:
+        raise UserError(f"{name} is no run, and {e}") from e
+    try:
+        import transformers
+
+        given = transformers.AutoConfig.from_pretrained(name)
+        if given.model_type != kind:
+            raise UserError(f"{name} is Hugging Face's {given.model_type}, but {cls.__name__} can only load a {kind}")
+        known = cls.config_class.__dataclass_fields__
+        fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if ours in known}
+        if kind == "gpt2":
+            given.n_inner = given.n_inner or 4 * given.n_embd
+        else:
+            fields |= {"n_ctx": fields["block_size"], "rotary_dim": fields["n_embd"] // fields["n_head"]}
+            fields["rotary_base"] = given.rope_parameters["rope_theta"]
+        c = build(cls.config_class, fields, f"{name}: ")
+        for field, value in (hf_fields(c) | {"sliding_window": None, "quantization_config": None}).items():
+            if getattr(given, field, value) != value:
+                raise UserError(f"{name} has {field} {getattr(given, field)}; a {cls.__name__} can only have {value}")
+        hf, report = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+        wrong = [f"{what} {k}" for what in ("missing", "unexpected") for k in sorted(report[f"{what}_keys"])]
+        if wrong:
+            raise UserError(f"the weights of {name} are not a {kind}'s: {', '.join(wrong[:8])}")
+        if hf.get_output_embeddings().weight is not hf.get_input_embeddings().weight:
+            raise UserError(f"{name} has an lm_head of its own; a {cls.__name__}'s is tied to the embedding")
+    except UserError:
+        raise
+    except Exception as e:  # a hub, a network and a damaged file fail in many ways
+        reason = " ".join(str(e).split())[:500]
+        raise UserError(f"{name} is no run, nor can Hugging Face load it: {type(e).__name__}: {reason}") from e
+    model = cls(c)
+    with torch.no_grad():
+        for ours, theirs in matching(model, hf):
+            ours.copy_(theirs)
+    return model
+
+
+def load_pretrained(cls, path):
+    """A model of the class `cls`: a run's, as PretrainRunInfo.from_path finds it, or else Hugging Face's.
+
+    Hugging Face's are folders with a config.json and no final_config.yaml, and names of one or two parts (gpt2,
+    org/name) where there is no such file or folder.
+    """
+    local, name = Path(path).expanduser(), str(path)
+    is_name = not local.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith(".pt")
+    if is_name or ((local / "config.json").exists() and not (local / "final_config.yaml").exists()):
+        return from_hugging_face(cls, name if is_name else str(local))
+    return PretrainRunInfo.from_path(path).load_model(cls)
+
+
+def eos_token_id(info: PretrainRunInfo) -> int:
+    """The id that ends a document. Raises UserError if the tokenizer has none of the usual names for it."""
+    return json_encoder(f"of {info.folder}", info.load_tokenizer().to_str().encode()).eos_token_id
+
+
+def hf_tokenizer(info: PretrainRunInfo):
+    """The run's tokenizer in Hugging Face's class, with the ids of training. Raises UserError if that cannot be."""
+    from transformers import PreTrainedTokenizerFast
+
+    tok = info.load_tokenizer()
+    eos = tok.id_to_token(eos_token_id(info))
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token=eos,  # what stands before a document
+        eos_token=eos,
+        split_special_tokens=True,  # '<|endoftext|>' in a text is text
+        clean_up_tokenization_spaces=False,
+        model_max_length=info.model_config_dict.get("block_size"),
+    )
+    for token in tok.get_added_tokens_decoder().values():
+        if hf(token.content).input_ids != tok.encode(token.content).ids:
+            raise UserError(f"Hugging Face would read {token.content!r} in a text as a special token; training did not")
+    return hf
+
+
+def export_hf(info: PretrainRunInfo, folder: Path) -> None:
+    """Write model and tokenizer to `folder` as Hugging Face's Auto classes load them, whole or not at all.
+
+    Raises UserError if Hugging Face has no such model, or if there is something in `folder`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = folder.expanduser().absolute()
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already: name a new folder, or an empty one")
+    model, tokenizer = info.load_model(), hf_tokenizer(info)
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop") if hasattr(model, "wpe") else (), 0.0)
+    hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_fields(model.config), **ends, **no_dropout))
+    with torch.no_grad():
+        for ours, theirs in matching(model, hf):
+            theirs.copy_(ours)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        hf.save_pretrained(part)
+        tokenizer.save_pretrained(part)
+        for path in (*part.iterdir(), part):
+            sync_folder(path)
+        os.replace(part, folder)
+        sync_folder(folder.parent)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show a trained run.")
     parser.add_argument("run", help="a run folder or a checkpoint")
     parser.add_argument("--step", type=int, help="the checkpoint after so many updates (default: the last)")
+    parser.add_argument("--export-hf", type=Path, metavar="DIR", help="write model and tokenizer for transformers")
     parser.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
     args = parser.parse_args()
     try:
         info = PretrainRunInfo.from_path(args.run, args.step, weights=args.data is None)
+        if args.export_hf:
+            export_hf(info, args.export_hf)
+            print(f"wrote {args.export_hf}: AutoModelForCausalLM.from_pretrained({str(args.export_hf)!r}) loads it")
+            return
         if args.data is not None:
             tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
             for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
@@ -184,6 +390,8 @@ def main() -> None:
                 print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
             return
         model, tokenizer = info.load_model(), info.load_tokenizer()
+    except ImportError as e:
+        sys.exit(f"run_info: {e}: pip install {e.name}")
     except UserError as e:
         sys.exit(f"run_info: {e}")
     shape = ", ".join(f"{k} {v}" for k, v in info.model_config_dict.items() if k != "model_type")

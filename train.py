@@ -81,7 +81,7 @@ class Config:
     compile: bool = key("torch.compile the model, where that works", True)
     tensorcores: bool = key("TF32 for float32 products on CUDA", True)
     zero_stage: Literal[0, 1, 2, 3] = key("1 shards the optimizer's state over the ranks; 2 and 3 are refused", 0)
-    from_pretrained: str | None = key("start from the weights of this run folder or checkpoint", None)
+    from_pretrained: str | None = key("start from the weights of this run, checkpoint or Hugging Face model", None)
     inference_only: bool = key("validate and sample, update nothing", False)
     output_dir: str | None = key("runs go into folders of this one; null: ${SPD_OUT_DIR:-out}/target_models", None)
     run_dir: str | None = key("the run's own folder; one that holds a stopped run of this config is continued", None)
@@ -266,10 +266,8 @@ def data_tokenizer(c: Config, data: Shards) -> tuple[bytes, int, int]:
 
 
 def load_pretrained(model, path: str) -> None:
-    """Copy the weights of the run or checkpoint at `path` into `model`. Raises UserError if shapes differ."""
-    from run_info import PretrainRunInfo
-
-    state, own = PretrainRunInfo.from_path(path).load_model(type(model)).state_dict(), model.state_dict()
+    """Copy the weights that from_pretrained finds at `path` into `model`. Raises UserError if shapes differ."""
+    state, own = type(model).from_pretrained(path).state_dict(), model.state_dict()
     differ = [
         f"{k} {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
         for k in own

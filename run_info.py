@@ -4,16 +4,20 @@
     run_info = PretrainRunInfo.from_path("out/target_models/2026-01-01_00-00-00", step=1000)
     model, tokenizer = run_info.load_model(), run_info.load_tokenizer()
 
-A path is a run folder or one of its checkpoints. `python run_info.py PATH` shows what is there.
+A path is a run folder or one of its checkpoints. `python run_info.py PATH` shows what is there, and more: see --help.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
+import math
 import os
 import re
 import shutil
 import signal
 import sys
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +33,7 @@ from prepare_data import (
     load_encoder,
     read_config,
     sync_folder,
+    whole_file,
     window_order,
     without_special_words,
 )
@@ -138,6 +143,11 @@ class PretrainRunInfo:
         if isinstance(most, int) and size > most:
             raise UserError(f"the tokenizer of {self.folder} has {size} ids, more than the model's vocab_size ({most})")
         return tok
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl; none for a run without it."""
+        return read_metrics(self.folder / "metrics.jsonl")
 
 
 def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
@@ -367,38 +377,212 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
 
 
 # -----------------------------------------------------------------------------
+# a run on one screen
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a metrics.jsonl, but for one that was cut short; none if there is no such file."""
+    lines = []
+    with contextlib.suppress(FileNotFoundError):
+        for text in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                lines.append(json.loads(text))
+    return lines
+
+
+def curves(metrics: list[dict]) -> dict[str, list[tuple[int, float]]]:
+    """{"train_loss": [(update, nats), ...], "val_loss": ...} of what was recorded."""
+    names = "train_loss", "val_loss"
+    return {n: points for n in names if (points := [(m["step"], m[n]) for m in metrics if n in m])}
+
+
+def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
+    """Draw the losses of {label: metrics} over updates. Raises ImportError without matplotlib."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    styles = {"train_loss": {"lw": 0.8, "alpha": 0.7}, "val_loss": {"marker": "o", "ms": 3}}
+    for i, (label, metrics) in enumerate(runs.items()):
+        for j, (name, points) in enumerate(curves(metrics).items()):
+            text, color = f"{label} {name} (last: {points[-1][1]:.3f})".strip(), f"C{i if len(runs) > 1 else j}"
+            ax.plot(*zip(*points, strict=True), label=text, color=color, **styles[name])
+    ax.set(xlabel="update", ylabel="cross-entropy (nats per token)")
+    ax.legend()
+    ax.grid(alpha=0.3)
+    with whole_file(path) as f:
+        fig.savefig(f, format="png", dpi=120)
+    plt.close(fig)
+
+
+def text_plot(points: dict[str, list[tuple[int, float]]], width: int = 68, height: int = 10) -> list[str]:
+    """Losses over updates as lines of text, train_loss as '.' and val_loss as 'o'; the updates' axis is logarithmic."""
+    last = max(step for line in points.values() for step, _ in line)
+    losses = [loss for line in points.values() for _, loss in line]
+    high, span = max(losses), max(losses) - min(losses) or 1.0
+    grid = [[" "] * width for _ in range(height)]
+
+    def column(step: int) -> int:
+        return round((width - 1) * math.log(max(step, 1)) / math.log(max(last, 2)))
+
+    for name, line in points.items():
+        by_column = {}
+        for step, loss in line:
+            by_column.setdefault(column(step), []).append(loss)
+        x = sorted(by_column)
+        y = [sum(by_column[i]) / len(by_column[i]) for i in x]
+        for i in range(x[0], x[-1] + 1) if name == "train_loss" else x:  # a line, or points
+            grid[round((height - 1) * (high - np.interp(i, x, y)) / span)][i] = "." if name == "train_loss" else "o"
+    lines = [f"{high - span * i / (height - 1):7.3f} |{''.join(row)}" for i, row in enumerate(grid)]
+    ticks = "  update "
+    for step in (str(10**i) for i in range(len(str(last)))):
+        ticks = ticks.ljust(9 + min(column(int(step)), width - len(step))) + step
+    return [*lines, " " * 8 + "+" + "-" * width, ticks]
+
+
+def short(steps: list[int]) -> str:
+    """[0, 1, 2, 4, 8, 16, 100] -> "0, 1, 2, 4, ..., 16, 100": five or more that double, or are evenly spaced."""
+    out = []
+    while steps:
+        doubled = [b == 2 * a for a, b in itertools.pairwise(steps)]
+        even = [b - a == steps[1] - steps[0] for a, b in itertools.pairwise(steps)]
+        n = 1 + max(([*same, False]).index(False) for same in (doubled, even))
+        n = n if n > 4 else 1
+        out += [*steps[:3], "...", steps[n - 1]] if n > 1 else steps[:1]
+        steps = steps[n:]
+    return ", ".join(map(str, out))
+
+
+def facts(info: PretrainRunInfo) -> dict[str, Any]:
+    """What the run's folder says of it, as plain values; null is what it does not say."""
+    import torch
+
+    if info.checkpoint_path:
+        model = info.load_model()
+    else:
+        with torch.device("meta"):
+            model = info.model_class(build(info.model_class.config_class, info.model_config_dict, "model."))
+    kinds = {"embedding": r"\bw[tp]e\.|lm_head", "attention": r"\.attn\.", "MLP": r"\.mlp\.", "norms": ""}
+    parameters = dict.fromkeys(("total", *kinds), 0)
+    for name, p in model.named_parameters():  # a tied weight once
+        for kind in next(k for k, pattern in kinds.items() if re.search(pattern, name)), "total":
+            parameters[kind] += p.numel()
+    c, data = info.config_dict, info.config_dict.get("train_dataset_config") or {}
+    status, about = info.folder / "status", {}
+    with contextlib.suppress(OSError, ValueError):
+        about = json.loads((info.folder / "environment.json").read_text())
+    losses = {}
+    for name, points in curves(info.metrics).items():
+        at = {"first": points[0], "best": min(points, key=lambda p: p[1]), "last": points[-1]}
+        losses[name] = {k: {"loss": loss, "step": step} for k, (step, loss) in at.items()}
+    return {
+        "model": type(model).__name__,
+        "parameters": parameters,
+        "shape": {k: v for k, v in info.model_config_dict.items() if k != "model_type"},
+        "run": str(info.folder),
+        "status": status.read_text().strip() if status.exists() else None,
+        "started": about.get("started"),
+        "from": {k: about.get(k) for k in ("git_commit", "git_dirty", "device", "ranks")},
+        "trained": {
+            "updates": max([m["step"] for m in info.metrics] + list(info.checkpoints), default=0),
+            "of": c.get("num_iterations"),
+            "tokens": max((m["tokens"] for m in info.metrics if "tokens" in m), default=None),
+        },
+        "dataset": data.get("name"),
+        "seeds": {"init_seed": c.get("init_seed"), "seed": c.get("seed"), "dataset": data.get("seed")},
+        "pretrained": c.get("from_pretrained"),
+        "tokenizer": {
+            "tokens": info.load_tokenizer().get_vocab_size(),
+            "from": str(info.tokenizer_path or info.hf_tokenizer_path),
+        },
+        "checkpoints": list(info.checkpoints),
+        "loaded": info.checkpoint_path and str(info.checkpoint_path),
+    } | losses
+
+
+def view(info: PretrainRunInfo) -> str:
+    """The run's facts and its learning curve on one screen, for a person."""
+
+    def text(value) -> str:
+        if isinstance(value, dict) and "loss" in value:
+            return f"{value['loss']:.4f} at {value['step']}"
+        if isinstance(value, dict):
+            return ", ".join(f"{k} {text(v)}" for k, v in value.items() if v is not None)
+        if isinstance(value, list):
+            return short(value) or "none yet"
+        return f"{value:,}" if type(value) is int else str(value)
+
+    wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
+    lines = [wrap.fill(f"{k:<13} {t}") for k, v in facts(info).items() if v is not None and (t := text(v))]
+    points = curves(info.metrics)
+    return "\n".join([*lines, "", *text_plot(points)] if points else lines)
+
+
+def sample(info: PretrainRunInfo, prompt: str, n: int, temperature: float, top_k: int | None) -> list[str]:
+    """n texts that begin with `prompt`, each as long as a document, or SAMPLE_TOKENS longer than the prompt."""
+    import torch
+
+    tok, eos = info.load_tokenizer(), eos_token_id(info)
+    idx = torch.tensor([tok.encode(prompt).ids or [eos]] * n)
+    return tok.decode_batch(info.load_model().generate(idx, SAMPLE_TOKENS, temperature, top_k, eos).tolist())
+
+
+# -----------------------------------------------------------------------------
 # the command line
+
+SAMPLE_TOKENS = 128
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Show a trained run.")
-    parser.add_argument("run", help="a run folder or a checkpoint")
+    parser = argparse.ArgumentParser(description="Show trained runs.")
+    parser.add_argument("run", nargs="+", help="a run folder, a checkpoint or a W&B path")
     parser.add_argument("--step", type=int, help="the checkpoint after so many updates (default: the last)")
-    parser.add_argument("--export-hf", type=Path, metavar="DIR", help="write model and tokenizer for transformers")
+    parser.add_argument("--json", action="store_true", help="the same for programs: one JSON object a line")
+    parser.add_argument("--sample", metavar="PROMPT", help="print what the model writes after this text")
+    parser.add_argument("--n", type=int, default=1, help="so many samples (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="of the samples; 0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
     parser.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses of the runs into one picture")
+    parser.add_argument("--export-hf", type=Path, metavar="DIR", help="write model and tokenizer for transformers")
     args = parser.parse_args()
+    if args.n < 1 or (args.export_hf and len(args.run) > 1):
+        parser.error("--n must be at least 1" if args.n < 1 else "--export-hf takes one run")
     try:
-        info = PretrainRunInfo.from_path(args.run, args.step, weights=args.data is None)
-        if args.export_hf:
-            export_hf(info, args.export_hf)
+        weights = args.sample is not None or args.export_hf is not None
+        infos = [PretrainRunInfo.from_path(path, args.step, weights) for path in args.run]
+        if args.plot:
+            for info in infos:
+                if not curves(info.metrics):
+                    raise UserError(f"{info.folder} has no metrics.jsonl with losses to draw")
+            labels = args.run if len(infos) > 1 else [""]
+            plot_losses({label: info.metrics for label, info in zip(labels, infos, strict=True)}, args.plot)
+            print(f"wrote {args.plot}")
+        elif args.export_hf:
+            export_hf(infos[0], args.export_hf)
             print(f"wrote {args.export_hf}: AutoModelForCausalLM.from_pretrained({str(args.export_hf)!r}) loads it")
-            return
-        if args.data is not None:
-            tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
-            for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
-                text = tok.decode(tokens.tolist(), skip_special_tokens=False)
-                print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
-            return
-        model, tokenizer = info.load_model(), info.load_tokenizer()
+        elif args.data is not None:
+            for info in infos:
+                tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
+                for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
+                    text = tok.decode(tokens.tolist(), skip_special_tokens=False)
+                    print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
+        else:
+            for info in infos:
+                sampling = info, args.sample, args.n, args.temperature, args.top_k
+                samples = None if args.sample is None else sample(*sampling)
+                if args.json:
+                    print(json.dumps(facts(info) | {"samples": samples}))
+                elif samples is None:
+                    print(view(info))
+                else:
+                    print("\n".join(f"--- sample {i + 1}\n{text}" for i, text in enumerate(samples)))
     except ImportError as e:
         sys.exit(f"run_info: {e}: pip install {e.name}")
-    except UserError as e:
+    except (UserError, OSError, ValueError) as e:
         sys.exit(f"run_info: {e}")
-    shape = ", ".join(f"{k} {v}" for k, v in info.model_config_dict.items() if k != "model_type")
-    print(f"{type(model).__name__}: {sum(p.numel() for p in model.parameters()):,} parameters ({shape})")
-    print(f"loaded:      {info.checkpoint_path}")
-    print(f"checkpoints: {', '.join(map(str, info.checkpoints))}")
-    print(f"tokenizer:   {tokenizer.get_vocab_size()} tokens, {info.tokenizer_path or info.hf_tokenizer_path}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from prepare_data import (
     window_order,
     write_text,
 )
+from run_info import plot_losses, read_metrics
 
 # -----------------------------------------------------------------------------
 # config
@@ -239,11 +240,7 @@ def load_state(folder: Path) -> dict | None:
 
 def keep_metrics(path: Path, done: int) -> list[dict]:
     """The lines of metrics.jsonl that a run continued after update `done` will not write again; the others go."""
-    lines = []
-    with contextlib.suppress(FileNotFoundError):
-        for text in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):  # a last line that was cut short
-                lines.append(json.loads(text))
+    lines = read_metrics(path)
     # what is evaluated after update `done` is evaluated again, in case the run ended before that
     lines = [m for m in lines if m["step"] < done or (m["step"] == done and "train_loss" in m)] if done else []
     write_text(path, "".join(json.dumps(m) + "\n" for m in lines))
@@ -343,26 +340,6 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
     about["cpu_threads"] = torch.get_num_threads()
     about["dataset_sha256"] = dict(d.fingerprint() for d in data)
     return about, diff
-
-
-def plot_losses(metrics: list[dict], path: Path) -> None:
-    """Draw training and validation loss over updates. Raises ImportError without matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
-    for name, style in (("train_loss", {"lw": 0.8, "alpha": 0.7}), ("val_loss", {"marker": "o", "ms": 3})):
-        points = [(m["step"], m[name]) for m in metrics if name in m]
-        if points:
-            ax.plot(*zip(*points, strict=True), label=f"{name} (last: {points[-1][1]:.3f})", **style)
-    ax.set(xlabel="update", ylabel="cross-entropy (nats per token)")
-    ax.legend()
-    ax.grid(alpha=0.3)
-    with whole_file(path) as f:
-        fig.savefig(f, format="png", dpi=120)
-    plt.close(fig)
 
 
 # -----------------------------------------------------------------------------
@@ -763,7 +740,7 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
     if rank == 0:
         on_disk = settle()
         try:
-            plot_losses(metrics, folder / "loss.png")
+            plot_losses({"": metrics}, folder / "loss.png")
         except ImportError:
             log("no loss.png: pip install matplotlib")
         if track:

@@ -19,13 +19,14 @@ from helpers import NASTY, bpe_json, environment, wordpiece_json, words_json
 import prepare_data
 import train
 from models import MODEL_CLASSES
-from run_info import PretrainRunInfo, data_of_update
+from run_info import PretrainRunInfo, data_of_update, short, text_plot
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 0, 2, 10  # in an order that is not the alphabet's
 SHAPE = {"block_size": 16, "vocab_size": 300, "n_layer": 2, "n_head": 2, "n_embd": 16}
 LLAMA = {"n_ctx": 16, "n_intermediate": 24, "n_key_value_heads": 1, "rotary_dim": 8}
 five = pytest.mark.parametrize("name", MODEL_CLASSES)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_model(name, seed=0):
@@ -387,8 +388,144 @@ def test_the_command_line_shows_a_run(make_run):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=folder, env=os.environ)
     assert (done.returncode, done.stderr) == (0, "")
     n_params = sum(p.numel() for p in make_model("LlamaSimpleMLP").parameters())
-    for word in ("LlamaSimpleMLP", f"{n_params:,} parameters", "n_embd 16", "model_step_2.pt", "0, 2, 10", "270"):
+    for word in ("LlamaSimpleMLP", f"total {n_params:,}", "n_embd 16", "model_step_2.pt", "0, 2, 10", "270"):
         assert word in done.stdout
+
+
+@pytest.fixture
+def trained(make_run):
+    """A run with all that train.py leaves behind."""
+    folder = make_run()
+    config = yaml.safe_load((folder / "final_config.yaml").read_text())
+    config |= {"num_iterations": 40, "init_seed": 42, "seed": 5, "train_dataset_config": {"name": "tales", "seed": 3}}
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(config))
+    lines = [{"step": s, "train_loss": 5 - s / 10, "lr": 1e-3, "tokens": 48 * s} for s in range(1, 31)]
+    lines += [{"step": s, "val_loss": v} for s, v in ((0, 5.5), (10, 4.25), (20, 3.5), (30, 3.75))]
+    lines = "".join(json.dumps(line) + "\n" for line in sorted(lines, key=lambda m: m["step"]))
+    (folder / "metrics.jsonl").write_text(lines + '{"step": 31, "train_')  # a run that is writing it
+    about = {"started": "2026-01-02T03:04:05", "command": ["train.py"], "git_commit": "0123456789abcdef" * 2}
+    (folder / "environment.json").write_text(json.dumps(about | {"git_dirty": True, "device": "cpu", "ranks": 2}))
+    (folder / "status").write_text("interrupted\n")
+    return folder
+
+
+def test_a_run_on_one_screen(trained, cli):
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0)
+    lines = out.splitlines()
+    assert len(lines) <= 40
+    assert all(len(line) <= 80 for line in lines if str(trained) not in line)
+    for words in (
+        ["embedding 4,800", "attention 1,536", "MLP 1,536", "norms 80"],
+        ["started", "2026-01-02T03:04:05"],
+        ["from", "git_commit 0123456789ab", "git_dirty True"],
+        ["device cpu", "ranks 2"],
+        ["trained", "updates 30", "of 40", "tokens 1,440"],
+        ["seeds", "init_seed 42", "seed 5", "dataset 3"],
+        ["train_loss", "first 4.9000 at 1", "best 2.0000 at 30", "last 2.0000 at 30"],
+        ["val_loss", "first 5.5000 at 0", "best 3.5000 at 20", "last 3.7500 at 30"],
+    ):
+        assert any(all(word in line for word in words) for line in lines), words
+    for word in ("tales", "interrupted", "0, 2, 10"):
+        assert word in out
+    plot = [line for line in lines if re.match(r" *\d\.\d{3} \|", line)]
+    assert plot[0].startswith("  5.500 |o") and plot[-1].startswith("  2.000 |") and plot[-1].endswith(".")
+
+
+def test_the_same_for_programs(trained, cli):
+    out, err, code = cli(trained, "--json", "--step", "2")
+    assert (err, code) == ("", 0)
+    found = json.loads(out)
+    assert found["parameters"] == {"embedding": 4800, "attention": 1536, "MLP": 1536, "norms": 80, "total": 7952}
+    assert found["val_loss"]["best"] == {"step": 20, "loss": 3.5}
+    assert found["trained"] == {"updates": 30, "of": 40, "tokens": 1440}
+    assert (found["status"], found["dataset"], found["from"]["git_dirty"]) == ("interrupted", "tales", True)
+    assert (found["checkpoints"], found["loaded"][-15:]) == ([0, 2, 10], "model_step_2.pt")
+    shape = yaml.safe_load((trained / "model_config.yaml").read_text())
+    assert {"model_type": found["model"]} | found["shape"] == shape
+    two = cli(trained, trained / "checkpoints" / "model_step_0.pt", "--json")[0].splitlines()
+    assert [json.loads(line)["loaded"][-15:] for line in two] == ["odel_step_10.pt", "model_step_0.pt"]
+
+
+def test_old_and_unfinished_runs_are_shown(trained, cli):
+    """Without metrics, and then without any checkpoint."""
+    for name in ("metrics.jsonl", "environment.json", "status"):
+        (trained / name).unlink()
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0)
+    assert "updates 10, of 40" in out and "|" not in out
+    shutil.rmtree(trained / "checkpoints")
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0)
+    assert "none yet" in out and "total 7,952" in out
+    assert json.loads(cli(trained, "--json")[0])["loaded"] is None
+    out, err, code = cli(trained, "--sample", "one")
+    assert code == 1 and re.fullmatch(r"run_info: .*not saved any.*\n", err)
+
+
+def test_samples(trained, cli):
+    ask = "--sample", "one two", "--n", "3", "--temperature", "0"
+    out, err, code = cli(trained, *ask)
+    assert (err, code) == ("", 0)
+    info = PretrainRunInfo.from_path(trained)
+    tok, model = info.load_tokenizer(), info.load_model()
+    ids = model.generate(torch.tensor(tok.encode("one two").ids), 128, temperature=0, eos_token_id=0)
+    text = tok.decode(ids.tolist())
+    assert text.startswith("one two") and out == "".join(f"--- sample {i}\n{text}\n" for i in (1, 2, 3))
+    torch.manual_seed(0)
+    drawn = cli(trained, "--sample", "", "--n", "2", "--temperature", "0.5", "--top-k", "40", "--step", "2", "--json")
+    torch.manual_seed(0)
+    ends = torch.tensor([[0], [0]])  # an empty prompt is the end of a document
+    ids = make_model("LlamaSimpleMLP", 2).generate(ends, 128, temperature=0.5, top_k=40, eos_token_id=0)
+    assert json.loads(drawn[0])["samples"] == tok.decode_batch(ids.tolist())
+
+
+def test_losses_of_several_runs_in_one_picture(trained, make_run, tmp_path, cli):
+    pytest.importorskip("matplotlib")
+    other = make_run(folder="other")
+    assert cli(trained, other, "--plot", tmp_path / "x.png")[1:] == (
+        f"run_info: {other} has no metrics.jsonl with losses to draw\n",
+        1,
+    )
+    (other / "metrics.jsonl").write_text('{"step": 1, "train_loss": 9.0}\n{"step": 2, "train_loss": 8.0}\n')
+    pictures = []
+    for runs in ([trained], [trained, other]):
+        out, err, code = cli(*runs, "--plot", tmp_path / "x.png")
+        assert (out, err, code) == (f"wrote {tmp_path / 'x.png'}\n", "", 0)
+        pictures.append((tmp_path / "x.png").read_bytes())
+    assert pictures[0][:8] == pictures[1][:8] == b"\x89PNG\r\n\x1a\n"
+    assert pictures[0] != pictures[1]
+
+
+def test_what_a_flat_or_short_curve_looks_like():
+    for points in ({"val_loss": [(0, 2.0)]}, {"train_loss": [(1, 2.0)]}, {"train_loss": [(1, 2.0), (1000, 2.0)]}):
+        lines = text_plot(points, width=40, height=5)
+        assert sum(line.count("o") + line.count(".") - (" |" in line) for line in lines) in (1, 40)
+        assert all(len(line) <= 50 for line in lines)
+
+
+@pytest.mark.parametrize(
+    "steps, text",
+    [
+        ([], ""),
+        ([7], "7"),
+        ([0, 1, 2, 4, 8], "0, 1, 2, 4, 8"),
+        ([0, 1, 2, 4, 8, 16], "0, 1, 2, 4, ..., 16"),
+        (
+            [0, 1, 2, 4, 8, 16, 32, *range(1000, 8001, 1000), 8100],
+            "0, 1, 2, 4, ..., 32, 1000, 2000, 3000, ..., 8000, 8100",
+        ),
+    ],
+)
+def test_many_steps_in_few_words(steps, text):
+    assert short(steps) == text
+
+
+def test_what_run_info_imports():
+    heavy = "wandb", "datasets", "transformers", "torch", "matplotlib", "tokenizers"
+    code = f"import run_info, sys; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[]\n"
 
 
 SPOILED = {
@@ -404,7 +541,6 @@ SPOILED = {
     "checkpoint empty": lambda f: os.truncate(f / "checkpoints" / "model_step_10.pt", 0),
     "checkpoint with code": lambda f: torch.save({"x": Evil(f / "ran")}, f / "checkpoints" / "model_step_10.pt"),
     "checkpoint of another kind": lambda f: torch.save([1], f / "checkpoints" / "model_step_10.pt"),
-    "no checkpoint": lambda f: shutil.rmtree(f / "checkpoints"),
     "tokenizer cut short": lambda f: os.truncate(f / "tokenizer.json", 100),
 }
 
@@ -424,7 +560,10 @@ def test_what_is_wrong_is_one_line(make_run, cli, what):
     assert not (folder / "ran").exists()
 
 
-@pytest.mark.parametrize("args", [["--step", "7"], ["--data", "1"]])
+@pytest.mark.parametrize(
+    "args",
+    [["--step", "7"], ["--data", "1"], ["--plot", "x.png"], ["--export-hf", "x"], ["--sample", "one", "--top-k", "0"]],
+)
 def test_what_was_not_done_is_one_line(make_run, cli, args):
     out, err, code = cli(make_run(), *args)  # a config without the keys of a dataset, as an old run may have
     assert (out, code) == ("", 1)

@@ -3,6 +3,8 @@
     python train.py configs/quickstart.yaml [key=value ...]
     torchrun --nproc_per_node=4 train.py configs/x.yaml [key=value ...]
     python train.py --help                   every key with its type and default
+    python train.py --check configs/x.yaml   find what is wrong without a GPU, write nothing; print the run's folder, or
+                                             the folder that a new run's would be in, with a / at its end
 
 Same config, same weights: the order of the data does not depend on the number of ranks, on micro_batch_size or on
 interruptions, and with run_dir=DIR the same command continues a run that was stopped.
@@ -197,17 +199,13 @@ def config_dict(c: Config) -> dict:
     return {**dataclasses.asdict(c), "run_dir": None}
 
 
-def choose_folder(c: Config) -> Path:
-    """The run's folder: run_dir, if what is in it is this run, or else a new one named by the time."""
-    if not c.run_dir:
-        parent = Path(c.output_dir or Path(os.environ.get("SPD_OUT_DIR", "out")) / "target_models")
-        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        tries = (parent / (name + (f"-{i}" if i else "")) for i in range(1000))
-        parent.mkdir(parents=True, exist_ok=True)
-        for folder in tries:
-            with contextlib.suppress(FileExistsError):
-                folder.mkdir()  # two runs started in the same second do not share it
-                return folder
+def parent_of_runs(c: Config) -> Path:
+    """The folder in which runs without a run_dir get theirs."""
+    return Path(c.output_dir or Path(os.environ.get("SPD_OUT_DIR", "out")) / "target_models")
+
+
+def check_folder(c: Config) -> None:
+    """Raise UserError if run_dir holds another run."""
     folder = Path(c.run_dir)
     if (folder / "final_config.yaml").exists():
         there, here = flat(read_config(folder / "final_config.yaml")), flat(config_dict(c))
@@ -215,6 +213,21 @@ def choose_folder(c: Config) -> Path:
         if differ:
             listed = ", ".join(f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in differ)
             raise UserError(f"{folder} holds a run of another config: {listed}; choose another run_dir")
+
+
+def choose_folder(c: Config) -> Path:
+    """The run's folder: run_dir, if what is in it is this run, or else a new one named by the time."""
+    if not c.run_dir:
+        parent = parent_of_runs(c)
+        name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        tries = (parent / (name + (f"-{i}" if i else "")) for i in range(1000))
+        parent.mkdir(parents=True, exist_ok=True)
+        for folder in tries:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()  # two runs started in the same second do not share it
+                return folder
+    check_folder(c)
+    folder = Path(c.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -349,7 +362,7 @@ SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
 
 
-def main(config_path: str, overrides: list[str]) -> NoReturn:
+def main(config_path: str, overrides: list[str], check: bool = False) -> NoReturn:
     rank, local_rank, world = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
@@ -382,7 +395,8 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
 
     # ---- set-up: everything that can be wrong is found before anything is written
     c = load_config(config_path, overrides)
-    device = choose_device(c.device, local_rank)
+    wants_gpu = (c.device or "cuda").startswith("cuda")  # where a check is made there may be none
+    device = torch.device("cuda") if check and wants_gpu else choose_device(c.device, local_rank)
     if c.dtype == "float16" and device.type != "cuda":
         raise UserError(f"dtype float16 needs CUDA (device is {device.type}): use bfloat16 or float32")
     if c.batch_size % world or (c.micro_batch_size and c.batch_size % (world * c.micro_batch_size)):
@@ -405,11 +419,11 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
         raise UserError(f"model.vocab_size is {c.model.vocab_size}, but the data's tokenizer has {vocab_size} ids")
 
     # ---- model and optimizer, from the run's state if it is continued
-    if world > 1:
+    if world > 1 and not check:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
         )
-    if device.type == "cuda":
+    if device.type == "cuda" and not check:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
     model_class = MODEL_CLASSES[c.model.model_type]
@@ -417,6 +431,11 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
     state = load_state(Path(c.run_dir)) if c.run_dir else None
     if c.from_pretrained and not state:
         load_pretrained(raw_model, c.from_pretrained)
+    if check:
+        if c.run_dir:
+            check_folder(c)
+        print(Path(c.run_dir) if c.run_dir else f"{parent_of_runs(c)}/")
+        leave(0)
     chosen = [choose_folder(c) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(chosen)
@@ -424,6 +443,8 @@ def main(config_path: str, overrides: list[str]) -> NoReturn:
     if (folder / "status").exists() and (folder / "status").read_text() == "finished\n":
         if rank == 0:
             print(f"{folder} holds this run, finished: nothing to do")
+        if world > 1:
+            dist.barrier()
         leave(0)
     about, diff = environment([train_data, val_data], world, device)
     before = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
@@ -771,15 +792,17 @@ def leave(status: int | str) -> NoReturn:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
+    check = sys.argv[1:2] == ["--check"]
+    args = sys.argv[1 + check :]
+    if not args or args[0] in ("-h", "--help"):
         print_help()
-        sys.exit(0 if len(sys.argv) > 1 else 2)
+        sys.exit(0 if args else 2)
     rank0 = os.environ.get("RANK", "0") == "0"  # every rank finds the same thing wrong: one says so
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"
     if not rank0:
         warnings.simplefilter("ignore")
     try:
-        main(sys.argv[1], sys.argv[2:])
+        main(args[0], args[1:], check)
     except (UserError, OSError) as e:
         # a rank may be the only one to read a shard
         leave(f"train: {e}" if rank0 or isinstance(e, ShardChanged) else 1)

@@ -346,6 +346,8 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
 
     commit = git("rev-parse", "HEAD")
     diff = git("diff", "--no-color", "--no-ext-diff", "--binary", "--src-prefix=a/", "--dst-prefix=b/", "HEAD") or b""
+    if (snapshot := Path(__file__).parent.parent / "git_commit").exists():  # slurm_submit.sh's copy of the code
+        commit, diff = snapshot.read_bytes() or None, snapshot.with_name("git.diff").read_bytes()
     about = {"started": datetime.now().isoformat(timespec="seconds"), "command": sys.argv, "ranks": world}
     about |= {"git_commit": commit and commit.decode().strip(), "git_dirty": None if commit is None else bool(diff)}
     about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}

@@ -19,7 +19,6 @@
 #SBATCH --nodes=1 --gpus-per-node=1 --cpus-per-gpu=4
 #SBATCH --signal=B:USR1@120 --requeue --ntasks-per-node=1 --open-mode=append
 set -euo pipefail
-
 die() { echo "slurm_submit: $*" >&2 && exit 2; }
 
 check() { # RANKS NAME: train.py finds what is wrong; sets `run`, the run's folder, called NAME if it is a new one
@@ -31,19 +30,18 @@ check() { # RANKS NAME: train.py finds what is wrong; sets `run`, the run's fold
 }
 
 snapshot() ( # copy config and code to $folder, with git's commit and diff: later edits do not reach the job
-    mkdir -p "$folder/code" && cp "$config" "$folder/config.yaml" && cd "$code"
+    mkdir -p "$folder/code"; cp "$config" "$folder/config.yaml"; cd "$code"
     { git ls-files -z; git ls-files -zo --exclude-standard -- '*.py'; } 2>/dev/null |
-        xargs -0r cp -pt "$folder/code" --parents 2>/dev/null || true # git lists deleted files, too
-    cp -p ./*.py ./*.sh "$folder/code"                                # all that there is without git
-    git rev-parse -q --verify HEAD >"$folder/git_commit" 2>/dev/null || true
-    git diff --no-color --no-ext-diff --binary --src-prefix=a/ --dst-prefix=b/ HEAD >"$folder/git.diff" 2>&- || true
-    find "$folder" -type f -exec chmod a-w {} + && echo "$run" >"$folder/run_dir"
+        xargs -0r cp -pt "$folder/code" --parents 2>/dev/null || : # git lists deleted files, too
+    cp -p ./*.py ./*.sh "$folder/code"                             # all that there is without git
+    git rev-parse -q --verify HEAD >"$folder/git_commit" 2>/dev/null || :
+    git diff --no-color --no-ext-diff --binary --src-prefix=a/ --dst-prefix=b/ HEAD >"$folder/git.diff" 2>/dev/null || :
+    find "$folder" -type f -exec chmod a-w {} +; echo "$run" >"$folder/run_dir"
 )
 
-on_node() { # STOP TORCHRUN_ARGS...: one process a GPU
+on_node() { # STOP TORCHRUN_ARGS...: one process a GPU, with the CPUs that the job has and that are really there
     [ ! -e "$1" ] || exit 75
     local n=$((${SLURM_GPUS_ON_NODE:-0} > 0 ? SLURM_GPUS_ON_NODE : 1)) cpus
-    # a node may claim more CPUs than it has, and may let a job use more than it was given
     cpus=$( (env -u OMP_NUM_THREADS nproc && echo "${SLURM_CPUS_ON_NODE:-1}") | sort -n | head -n1)
     OMP_NUM_THREADS=$((cpus > n ? cpus / n : 1)) exec torchrun --nproc_per_node="$n" "${@:2}"
 }
@@ -56,7 +54,7 @@ job() {
     trap ': >"$mine/stop"; scancel --signal=TERM "$id"' USR1
     trap : TERM # from scancel and scontrol requeue: the steps have it too, and are waited for while they save
     [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ ! -e "$mine" ] || mv "$mine" "$mine.until.$now" # another cluster's
-    mkdir -p "$mine" && rm -f "$mine/stop" && touch "$mine/begun"
+    mkdir -p "$mine"; rm -f "$mine/stop"; touch "$mine/begun"
     code=$(scontrol show job "$id" | sed -n 's/^ *Command=//p')
     code=$(dirname "${code%" $*"}") folder=${code%/code}
     [ -f "$folder/run_dir" ] || folder=$mine # submitted by sbatch, from no snapshot: this job makes one, once
@@ -68,13 +66,11 @@ job() {
     [ -n "${SLURM_GPUS_ON_NODE:-}" ] || unset SLURM_GPUS_PER_NODE SLURM_CPUS_PER_GPU # srun refuses them for no GPUs
     srun --kill-on-bad-exit=1 --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --cpu-bind=none --export=ALL \
         bash -c "$(declare -f on_node); on_node \"\$@\"" on_node "$mine/stop" --nnodes="$SLURM_NNODES" \
-        --rdzv_backend=c10d --rdzv_endpoint="$SLURMD_NODENAME:$((10000 + SLURM_JOB_ID % 20000))" --rdzv_id="$SLURM_JOB_ID" \
+        --rdzv_backend=c10d --rdzv_endpoint="$SLURMD_NODENAME:$((10000 + SLURM_JOB_ID % 20000))" --rdzv_id="$id" \
         "$folder/code/train.py" "$folder/config.yaml" "${overrides[@]}" "run_dir=$run" &
     while kill -0 $! 2>/dev/null; do wait $! || true; done # a trap ends a wait early
-    exit=0 && wait $! || exit=$?
-
-    # torchrun's exit code is the same for what was saved and what crashed
-    status=$(cat "$run/status" 2>/dev/null || true) about=$(scontrol show job "$id")
+    exit=0 && wait $! || exit=$? # the same for what torchrun saw saved and what it saw crash
+    status=$(cat "$run/status" 2>/dev/null || :) about=$(scontrol show job "$id")
     [ $exit != 0 ] && [ "$status" != finished ] || exit 0
     [[ $about = *JobState=RUNNING* ]] || exit $exit # scancel or scontrol requeue: SLURM has decided
     [ ! "$run/resume.pt" -nt "$mine/begun" ] || { status+=-saved && : >"$mine/in_vain"; }
@@ -114,10 +110,11 @@ if [ -n "${given[--local]:-}" ]; then
     n=${given[--gpus-per-node]:-$(python -c 'import torch; print(torch.cuda.device_count())')} nodes=1
     command=(torchrun --standalone --nproc_per_node=$((n > 0 ? n : 1)) "$code/train.py" "$config" "${overrides[@]}")
 fi
+[[ -z ${given[--array]:-} || " ${words[*]}" != *" seed="* ]] || die "--array-seeds sets the seed: leave out seed="
 [[ $n$nodes =~ ^[0-9]+$ ]] || die "--n_gpus and --nodes take numbers, not $n and $nodes"
 check $((nodes * (n > 0 ? n : 1))) "$stamp"
 [ -z "${given[--dry-run]:-}" ] || { printf '%q ' "${command[@]}" && echo && cat "$0" && exit; }
 [ -z "${given[--local]:-}" ] || exec "${command[@]}"
-snapshot
-job=$("${command[@]}") || { rm -rf "$folder" && exit 1; }
+command -v sbatch >/dev/null || die "no sbatch in PATH: submit where SLURM is, or train here with --local"
+snapshot; job=$("${command[@]}") || { rm -rf "$folder" && exit 1; }
 printf '%s\n' "job ${job%%;*}" "log ${log/\%[jA]/${job%%;*}}" "run $run"

@@ -4,8 +4,10 @@ Each node has a network and a host name of its own, claims 4 GPUs, and sees the 
 """
 
 import contextlib
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, environment
+from test_faults import git
 from test_train import Lab, metrics, weights
 
 PROGRAMS = ["sbatch", "slurmctld", "slurmd", "munged", "ip", "unshare"]
@@ -69,7 +72,11 @@ class Cluster:
         self.bridge = f"{name}bridge" if own_networks else None
         net, port = ("10.79.0", 26817) if own_networks else ("127.0.0", 27817)
         self.nodes = {f"{name}{i}": f"{net}.{10 + i}" for i in (1, 2)}
-        self.env = environment() | {"SLURM_CONF": f"{root}/slurm.conf", "SBATCH_CPUS_PER_GPU": "1"}
+        self.env = environment() | {
+            "SLURM_CONF": f"{root}/slurm.conf",
+            "SBATCH_CPUS_PER_GPU": "1",
+            "SBATCH_EXPORT": "NONE",
+        }
         self.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
         for d in (root, root / "state", *(root / node for node in self.nodes)):
             d.mkdir()
@@ -297,9 +304,25 @@ def expected(lab):
     return folders
 
 
-def test_one_node(submit, expected):
+def test_one_node(submit, repo, expected):
+    """Two processes, one for each GPU; the run knows the code that it ran."""
+    git(repo, "init", "-q")
+    git(repo, "add", ".")
+    git(repo, "commit", "-q", "-m", "x")
+    changed = (repo / "models.py").read_text() + "# changed\n"
+    (repo / "models.py").write_text(changed)
+    (repo / "new.py").touch()
+    (repo / "run_info.py").unlink()
     job = submit("--n_gpus", 2)
     job.completes(expected[2], starts=1)
+    about = json.loads((job.run / "environment.json").read_text())
+    assert (about["ranks"], about["git_commit"]) == (2, git(repo, "rev-parse", "HEAD").strip())
+    assert "+# changed" in (job.run / "git.diff").read_text()
+    code = job.log_file.parent / "code"
+    scripts = {"models.py", "new.py", "prepare_data.py", "train.py", "slurm_submit.sh"}
+    assert {p.name for p in code.iterdir() if p.is_file()} == scripts
+    assert (code / "models.py").read_text() == changed
+    assert not any(p.stat().st_mode & 0o222 for p in code.iterdir() if p.is_file())
 
 
 def test_two_nodes(submit, expected):
@@ -394,8 +417,9 @@ def test_an_array_element_is_requeued_alone(submit, cluster, repo, lab):
 
 
 def test_sbatch_itself(cluster, repo, lab, expected):
-    """Without the wrapper, from another folder, without PATH in the steps; a requeue finds its first snapshot."""
-    id = cluster("sbatch", "--parsable", repo / "slurm_submit.sh", lab.config, cwd=repo.parent).strip()
+    """From another folder, with little of the environment in the job; a requeue finds the first start's snapshot."""
+    export = "--export=PATH,SLURM_CONF"
+    id = cluster("sbatch", "--parsable", export, repo / "slurm_submit.sh", lab.config, cwd=repo.parent).strip()
     job = Job(cluster, id, repo.parent / f"slurm-{id}.out", None)
     job.trains()
     (repo / "train.py").write_text("raise SystemExit('the working tree changed')")
@@ -404,3 +428,86 @@ def test_sbatch_itself(cluster, repo, lab, expected):
     job.run = Path(re.search(r"start 1: (.*)", job.log())[1])
     assert job.run.parent == repo.parent / "out" / "target_models"
     job.completes(expected[1], starts=2)
+
+
+def test_a_config_that_is_not_there(cluster, repo):
+    """The log says so, also where there is no folder `out` yet."""
+    id = cluster("sbatch", "--parsable", "--export=ALL", repo / "slurm_submit.sh", "no.yaml", cwd=repo).strip()
+    job = Job(cluster, id, repo / f"slurm-{id}.out", None)
+    assert job.ends() == "FAILED", job.log()
+    assert job.log_file.read_text() == "train: cannot read the config no.yaml: No such file or directory\n"
+
+
+def test_what_sbatch_refuses_leaves_nothing(cluster, repo, lab):
+    result = script(repo, "--partition", "nowhere", lab.config, env=cluster.env)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "invalid partition" in result.stderr
+    assert list((repo / "out" / "slurm").iterdir()) == []
+
+
+# -----------------------------------------------------------------------------
+# without a SLURM
+
+
+def script(repo, *args, env=None):
+    """slurm_submit.sh, run by hand in `repo`."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = [str(repo / "slurm_submit.sh"), *map(str, args)]
+    env = env or environment({"PATH": path, "OMP_NUM_THREADS": "1"})
+    return subprocess.run(command, env=env, cwd=repo, capture_output=True, text=True, timeout=120)
+
+
+def test_dry_run_prints_the_command_and_the_script(repo, lab):
+    options = "--n_gpus", "2", "--nodes=2", "--time", "1:00:00", "--job_name", "a b", "--array-seeds", "0-4%2"
+    override = "train_dataset_config.split=train[:'90%']"
+    result = script(repo, "--dry-run", *options, "--partition=p", lab.config, override, "init_seed=%a")
+    assert result.returncode == 0, result.stderr
+    line, rest = result.stdout.split("\n", 1)
+    assert rest == (ROOT / "slurm_submit.sh").read_text()
+    program, *command = shlex.split(line)
+    folder = Path(command[-4]).parent.parent
+    assert program == "sbatch"
+    assert command[-4:] == [f"{folder}/code/slurm_submit.sh", f"{folder}/config.yaml", override, "init_seed=%a"]
+    gpus = ["--gpus-per-node=2", "--nodes=2", "--time=1:00:00", "--job-name=a b", "--array=0-4%2", "--partition=p"]
+    assert command[:-4] == ["--parsable", "--export=ALL", f"--output={folder}/%A_%a.log", *gpus]
+    assert not (repo / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        ([], "slurm_submit: name a config"),
+        (["no.yaml"], "train: cannot read the config no.yaml: No such file"),
+        (["CONFIG", "model.n_lyer=3"], "nearest valid key is model.n_layer"),
+        (["--nodes=2", "--n_gpus=3", "CONFIG"], "batch_size 4 is not divisible by ranks x micro_batch_size (6 x"),
+        (["CONFIG", "--gpus", "3"], "slurm_submit: there is no option --gpus"),
+        (["CONFIG", "--nodes"], "slurm_submit: --nodes needs a value"),
+        (["--n_gpus", "four", "CONFIG"], "slurm_submit: --n_gpus and --nodes take numbers, not four and 1"),
+        (["--array-seeds=0-4", "CONFIG", "seed=1"], "slurm_submit: --array-seeds sets the seed"),
+        (["--local", "--nodes=2", "CONFIG"], "slurm_submit: --local is one run"),
+    ],
+)
+def test_mistakes_end_before_anything_is_submitted(repo, lab, args, says):
+    result = script(repo, *(lab.config if a == "CONFIG" else a for a in args))
+    assert result.returncode in (1, 2)
+    assert result.stdout == ""
+    assert says in result.stderr and result.stderr.count("\n") == 1
+    assert not (repo / "out").exists()
+
+
+def test_local(repo, lab, expected):
+    result = script(repo, "--local", "--n_gpus=2", lab.config, "run_dir=here")
+    assert result.returncode == 0, result.stderr
+    assert_same(repo / "here", expected[2])
+
+
+def test_help(repo):
+    result = script(repo, "--help")
+    assert result.returncode == 0
+    assert all(o in result.stdout for o in ("--n_gpus", "--array-seeds", "--local", "--dry-run", "sbatch"))
+
+
+def test_shellcheck():
+    if not shutil.which("shellcheck"):
+        pytest.skip("no shellcheck")
+    subprocess.run(["shellcheck", ROOT / "slurm_submit.sh"], check=True)

@@ -30,10 +30,10 @@ check() { # RANKS NAME: train.py finds what is wrong; sets `run`, the run's fold
 }
 
 snapshot() ( # copy config and code to $folder, with git's commit and diff: later edits do not reach the job
-    mkdir -p "$folder/code"; cp "$config" "$folder/config.yaml"; cd "$code"
+    mkdir -p "$folder/code"; cp -f "$config" "$folder/config.yaml"; cd "$code"
     { git ls-files -z; git ls-files -zo --exclude-standard -- '*.py'; } 2>/dev/null |
-        xargs -0r cp -pt "$folder/code" --parents 2>/dev/null || : # git lists deleted files, too
-    cp -p ./*.py ./*.sh "$folder/code"                             # all that there is without git
+        xargs -0r cp -pft "$folder/code" --parents 2>/dev/null || : # git lists deleted files, too
+    cp -pf ./*.py ./*.sh "$folder/code"                             # all that there is without git
     git rev-parse -q --verify HEAD >"$folder/git_commit" 2>/dev/null || :
     git diff --no-color --no-ext-diff --binary --src-prefix=a/ --dst-prefix=b/ HEAD >"$folder/git.diff" 2>/dev/null || :
     find "$folder" -type f -exec chmod a-w {} +; echo "$run" >"$folder/run_dir"
@@ -50,7 +50,7 @@ job() {
     task=${SLURM_ARRAY_TASK_ID:-} # the last element of an array has the whole array's number as SLURM_JOB_ID
     id=${task:+${SLURM_ARRAY_JOB_ID}_}${task:-$SLURM_JOB_ID}
     mine=$(realpath -m "${SPD_OUT_DIR:-out}/slurm/job_$id") now=$(date +%F_%H-%M-%S)
-    # the time limit is near: tell the steps, by what torchrun passes on; one that is being started sees the file
+    # the time limit is near: SIGTERM the steps, since SIGUSR1 kills torchrun; one that is only starting sees the file
     trap ': >"$mine/stop"; scancel --signal=TERM "$id"' USR1
     trap : TERM # from scancel and scontrol requeue: the steps have it too, and are waited for while they save
     [ "${SLURM_RESTART_COUNT:-0}" -gt 0 ] || [ ! -e "$mine" ] || mv "$mine" "$mine.until.$now" # another cluster's
@@ -69,13 +69,13 @@ job() {
         --rdzv_backend=c10d --rdzv_endpoint="$SLURMD_NODENAME:$((10000 + SLURM_JOB_ID % 20000))" --rdzv_id="$id" \
         "$folder/code/train.py" "$folder/config.yaml" "${overrides[@]}" "run_dir=$run" &
     while kill -0 $! 2>/dev/null; do wait $! || true; done # a trap ends a wait early
-    exit=0 && wait $! || exit=$? # the same for what torchrun saw saved and what it saw crash
+    failed=0 && wait $! || failed=$? # by torchrun's exit code, whether the state was saved or not
     status=$(cat "$run/status" 2>/dev/null || :) about=$(scontrol show job "$id")
-    [ $exit != 0 ] && [ "$status" != finished ] || exit 0
-    [[ $about = *JobState=RUNNING* ]] || exit $exit # scancel or scontrol requeue: SLURM has decided
+    [ $failed != 0 ] && [ "$status" != finished ] || exit 0
+    [[ $about = *JobState=RUNNING* ]] || exit $failed # scancel or scontrol requeue: SLURM has decided
     [ ! "$run/resume.pt" -nt "$mine/begun" ] || { status+=-saved && : >"$mine/in_vain"; }
     # a time limit is told to this script; a preemption with grace time, and scancel --signal, to the steps alone
-    [ -e "$mine/stop" ] || [[ $about =~ PreemptTime=[0-9] || $status = interrupted-saved ]] || exit $exit
+    [ -e "$mine/stop" ] || [[ $about =~ PreemptTime=[0-9] || $status = interrupted-saved ]] || exit $failed
     echo "$status" >>"$mine/in_vain" # a crash that meets a signal each time must end
     (($(wc -l <"$mine/in_vain") < 10)) || die "stopped 10 times in a row before anything was saved: giving up"
     echo "slurm_submit: stopped by SLURM: job $id is queued again, to go on from the last saved state"

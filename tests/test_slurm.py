@@ -4,6 +4,7 @@ Each node has a network and a host name of its own, claims 4 GPUs, and sees the 
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from helpers import ROOT, environment
 from test_faults import git
 from test_train import Lab, metrics, weights
 
-PROGRAMS = ["sbatch", "slurmctld", "slurmd", "munged", "ip", "unshare"]
+PROGRAMS = ["sbatch", "slurmctld", "slurmd", "munged", "ip", "unshare", "setpriv"]
 N = 60
 CONFIG = {"num_iterations": N, "val_loss_every": 25, "resume_every": 10}
 FREEZER = Path("/sys/fs/cgroup/freezer")  # without it SLURM follows parents and children, and signals every child
@@ -67,8 +69,9 @@ exec slurmd -D -N $1
 class Cluster:
     """A SLURM in one folder. It ends what it started, and nothing else."""
 
-    def __init__(self, root: Path, name: str, own_networks: bool):
-        self.root, self.name, self.daemons = root, name, []
+    def __init__(self, name: str, own_networks: bool):
+        self.root = root = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self.name, self.daemons = name, []
         self.bridge = f"{name}bridge" if own_networks else None
         net, port = ("10.79.0", 26817) if own_networks else ("127.0.0", 27817)
         self.nodes = {f"{name}{i}": f"{net}.{10 + i}" for i in (1, 2)}
@@ -78,12 +81,10 @@ class Cluster:
             "SBATCH_EXPORT": "NONE",
         }
         self.env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
-        for d in (root, root / "state", *(root / node for node in self.nodes)):
-            d.mkdir()
-            d.chmod(0o755)  # munge wants every folder above its socket open to all
-        for parent in root.parents[:-2]:
-            parent.chmod(0o755)
-        conf = {"root": root, "name": name, "net": net, "port": port, "port1": port + 1, "port2": port + 2}
+        root.chmod(0o755)  # munge wants every folder above its socket open to all
+        for name in ("state", *self.nodes):
+            (root / name).mkdir()
+        conf = {"root": root, "name": self.name, "net": net, "port": port, "port1": port + 1, "port2": port + 2}
         (root / "slurm.conf").write_text(SLURM_CONF.format(**conf, proctrack=PROCTRACK))
         (root / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
         (root / "gres.conf").write_text(f"Name=gpu File={root}/gpu[0-3]\n")
@@ -97,6 +98,8 @@ class Cluster:
     def start(self):
         files = {"key-file": "key", "socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         if self.bridge:
+            if Path("/sys/class/net", self.bridge).exists():  # of tests that were killed
+                self.ip("link del", self.bridge)
             self.ip("link add", self.bridge, "type bridge")
             self.ip("addr add 10.79.0.1/24 dev", self.bridge)
             self.ip("link set", self.bridge, "up")
@@ -110,9 +113,8 @@ class Cluster:
                 until(lambda p=process: namespace(p.pid) != namespace("self"), 10, "unshare", self.log)
                 self.ip(f"link add {self.name}v{i} type veth peer name eth0 netns {process.pid}")
                 self.ip(f"link set {self.name}v{i} master {self.bridge} up")
-        until(
-            lambda: self("sinfo", "-h", "-N", "-p", "main", "-t", "idle").count("\n") == 2, 30, "idle nodes", self.log
-        )
+        idle = "sinfo", "-h", "-N", "-p", "main", "-t", "idle"
+        until(lambda: self(*idle).count("\n") == 2, 30, "idle nodes", self.log)
 
     def stop(self):
         """End the jobs, or else their processes; then the daemons, last started first."""
@@ -133,6 +135,7 @@ class Cluster:
                 process.wait()
         if self.bridge:
             self.ip("link del", self.bridge)
+        shutil.rmtree(self.root, ignore_errors=True)
         for group in FREEZER.glob(f"slurm_{self.name}?"):  # slurmd leaves them behind, empty
             for folder in [*sorted(group.rglob("*/"), reverse=True), group]:
                 with contextlib.suppress(OSError):
@@ -140,7 +143,7 @@ class Cluster:
 
     def daemon(self, *command) -> subprocess.Popen:
         with open(self.root / "daemons.log", "a") as log:
-            command = list(map(str, command))
+            command = ["setpriv", "--pdeathsig", "TERM", *map(str, command)]  # it ends if the tests are killed
             process = subprocess.Popen(command, env=self.env, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         self.daemons.append(process)
         return process
@@ -236,18 +239,27 @@ def assert_same(run: Path, expected: Path):
     assert all(torch.equal(state[k], reference[k]) for k in reference)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    if missing := [p for p in PROGRAMS if not shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]:
-        pytest.skip(f"no {', '.join(missing)}: needs Debian's slurm-wlm, munge and iproute2")
-    if os.geteuid() != 0:
-        pytest.skip("starting a SLURM needs root")
-    cluster = Cluster(tmp_path_factory.mktemp("slurm") / "cluster", "node", own_networks=True)
+@contextlib.contextmanager
+def running(name: str, own_networks: bool):
+    cluster = Cluster(name, own_networks)
     try:
         cluster.start()
         yield cluster
     finally:
         cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if missing := [p for p in PROGRAMS if not shutil.which(p, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")]:
+        pytest.skip(f"no {', '.join(missing)}: needs Debian's slurm-wlm, munge and iproute2")
+    namespaces = ["unshare", "--net", "--uts", "--mount", "true"]
+    if os.geteuid() != 0 or subprocess.run(namespaces, capture_output=True).returncode != 0:
+        pytest.skip("to start a SLURM needs root, and leave to make namespaces")
+    with open(Path(tempfile.gettempdir(), "slurm-tests.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # its networks and ports are those of all who test on this machine
+        with running("node", own_networks=True) as cluster:
+            yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -330,16 +342,12 @@ def test_two_nodes(submit, expected):
     job.completes(expected[2], starts=1)
 
 
-def test_two_jobs_on_shared_nodes_without_networks_of_their_own(tmp_path_factory, repo, lab, expected, cluster):
-    """Their rendezvous have ports of their own, also when all nodes are one machine."""
-    shared = Cluster(tmp_path_factory.mktemp("slurm") / "cluster", "host", own_networks=False)
-    try:
-        shared.start()
+def test_two_jobs_on_shared_nodes(repo, lab, expected, cluster):
+    """Their rendezvous have ports of their own, also where all nodes are one machine with one network."""
+    with running("host", own_networks=False) as shared:
         jobs = [submitted(shared, repo, lab.config, "--nodes", 2) for _ in range(2)]
         for job in jobs:
             job.completes(expected[2], starts=1)
-    finally:
-        shared.stop()
 
 
 def test_a_crash_on_one_node_fails_the_job_at_once(submit, expected):

@@ -30,13 +30,13 @@ check() { # RANKS NAME: train.py finds what is wrong; sets `run`, the run's fold
 }
 
 snapshot() ( # copy config and code to $folder, with git's commit and diff: later edits do not reach the job
-    mkdir -p "$folder/code"; cp -f "$config" "$folder/config.yaml"; cd "$code"
+    mkdir -p "$folder/code"; cp -f "$config" "$folder/config.yaml"; echo '*' >"$folder/.gitignore"; cd "$code"
     { git ls-files -z; git ls-files -zo --exclude-standard -- '*.py'; } 2>/dev/null |
         xargs -0r cp -pft "$folder/code" --parents 2>/dev/null || : # git lists deleted files, too
     cp -pf ./*.py ./*.sh "$folder/code"                             # all that there is without git
     git rev-parse -q --verify HEAD >"$folder/git_commit" 2>/dev/null || :
     git diff --no-color --no-ext-diff --binary --src-prefix=a/ --dst-prefix=b/ HEAD >"$folder/git.diff" 2>/dev/null || :
-    find "$folder" -type f -exec chmod a-w {} +; echo "$run" >"$folder/run_dir"
+    find "$folder/code" "$folder/config.yaml" -type f -exec chmod a-w {} +; echo "$run" >"$folder/run_dir"
 )
 
 on_node() { # STOP TORCHRUN_ARGS...: one process a GPU, with the CPUs that the job has and that are really there

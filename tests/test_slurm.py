@@ -331,6 +331,7 @@ def test_one_node(submit, repo, expected):
     assert (about["ranks"], about["git_commit"]) == (2, git(repo, "rev-parse", "HEAD").strip())
     assert "+# changed" in (job.run / "git.diff").read_text()
     code = job.log_file.parent / "code"
+    assert "slurm/" not in git(repo, "status", "--porcelain", "-uall")  # or else the next copy would have this one
     scripts = {"models.py", "new.py", "prepare_data.py", "train.py", "slurm_submit.sh"}
     assert {p.name for p in code.iterdir() if p.is_file()} == scripts
     assert (code / "models.py").read_text() == changed
@@ -425,13 +426,16 @@ def test_an_array_element_is_requeued_alone(submit, cluster, repo, lab):
 
 
 def test_sbatch_itself(cluster, repo, lab, expected):
-    """From another folder, with little of the environment in the job; a requeue finds the first start's snapshot."""
+    """From another folder, with little of the environment in the job; a requeue finds the first start's snapshot.
+
+    What is told to the steps by hand is a reason to requeue, too, if they saved.
+    """
     export = "--export=PATH,SLURM_CONF"
     id = cluster("sbatch", "--parsable", export, repo / "slurm_submit.sh", lab.config, cwd=repo.parent).strip()
     job = Job(cluster, id, repo.parent / f"slurm-{id}.out", None)
     job.trains()
     (repo / "train.py").write_text("raise SystemExit('the working tree changed')")
-    job("scontrol", "requeue")
+    job("scancel", "--signal=TERM")
     assert job.ends() == "COMPLETED", job.log()
     job.run = Path(re.search(r"start 1: (.*)", job.log())[1])
     assert job.run.parent == repo.parent / "out" / "target_models"

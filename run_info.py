@@ -4,11 +4,15 @@
     run_info = PretrainRunInfo.from_path("out/target_models/2026-01-01_00-00-00", step=1000)
     model, tokenizer = run_info.load_model(), run_info.load_tokenizer()
 
-A path is a run folder or one of its checkpoints. `python run_info.py PATH` shows what is there, and more: see --help.
+A path is a run folder, one of its checkpoints or a run on Weights & Biases, entity/project/runid, whose files are
+downloaded once. `python run_info.py PATH` shows what is there, and more: see --help.
 """
 
 import argparse
+import base64
 import contextlib
+import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -18,9 +22,11 @@ import shutil
 import signal
 import sys
 import textwrap
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -36,6 +42,7 @@ from prepare_data import (
     whole_file,
     window_order,
     without_special_words,
+    write_text,
 )
 
 
@@ -52,25 +59,34 @@ class PretrainRunInfo:
 
     @classmethod
     def from_path(cls, path: str | Path, step: int | None = None, weights: bool = True) -> "PretrainRunInfo":
-        """The run at `path`, a run folder or a checkpoint file, after `step` updates (default: that file, or the last).
+        """The run at `path` after `step` updates (default: that file, or the last).
 
-        With weights=False, a run that has saved none yet will do. Raises UserError, a FileNotFoundError too, if there
-        is no such run or checkpoint.
+        `path` is a run folder, a checkpoint file or, if neither is there, a W&B run (WANDB_FORMS), which is read from
+        its copy on disk once that holds all it needs. With weights=False, a run that has saved none yet will do. Raises
+        UserError, a FileNotFoundError too if there is no such run or checkpoint.
         """
-        path = Path(path).expanduser().absolute()
-        if path.is_file():
+        on_wandb = None if os.path.exists(path) else wandb_run(str(path))
+        path = Path(os.path.expanduser(path)).absolute()
+        if on_wandb:
+            folder, checkpoint = fetch(*on_wandb, step, weights)
+        elif os.path.isfile(path):
             folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
             checkpoint = path
-        elif path.is_dir():
+        elif os.path.isdir(path):
             folder, checkpoint = path, None
         else:
-            raise RunNotFound(f"no run at {path}: name a run folder or a checkpoint (checkpoints/model_step_N.pt)")
+            raise RunNotFound(
+                f"no run at {path}: name a run folder, a checkpoint (checkpoints/model_step_N.pt) or a run on W&B "
+                f"({WANDB_FORMS}; a runid is 8 of a-z and 0-9, with or without one more and a dash before)"
+            )
         configs = []
         for name in ("final_config.yaml", "model_config.yaml"):
             if not (folder / name).exists():
                 raise RunNotFound(f"{folder} is not a run folder: it has no {name}")
             configs.append(read_config(folder / name))
-        if step is not None or checkpoint is None:
+        if configs[0].get("enable_ln_ablation") and weights:
+            raise UserError(f"{folder}: the run took its norms out (enable_ln_ablation); the models here all have them")
+        if not on_wandb and (step is not None or checkpoint is None):
             found = checkpoints_in(folder)
             if not found and weights:
                 raise RunNotFound(f"{folder} has no checkpoints/model_step_N.pt: the run has not saved any yet")
@@ -183,10 +199,163 @@ class RunNotFound(UserError, FileNotFoundError):
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Updates done -> checkpoint file, in order."""
     places = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = {
-        int(m[1]): p for p in places.glob("model_step_*.pt") if (m := re.fullmatch(r"model_step_(\d+)\.pt", p.name))
-    }
-    return dict(sorted(found.items()))
+    return {step: places / name for step, name in checkpoint_names(p.name for p in places.glob("model_step_*.pt"))}
+
+
+def checkpoint_names(names) -> list[tuple[int, str]]:
+    """(updates done, name) of each name that is a checkpoint's, in order."""
+    return sorted((int(m[1]), name) for name in names if (m := re.fullmatch(r"model_step_([0-9]{1,18})\.pt", name)))
+
+
+# -----------------------------------------------------------------------------
+# Weights & Biases: a run's files come to ${SPD_OUT_DIR:-out}/pretrain_cache/<project>-<runid>/, where SPD puts them too
+
+WANDB_FORMS = (
+    "entity/project/runid, entity/project/runs/runid, wandb: before either, https://wandb.ai/entity/project/runs/runid"
+)
+CONFIGS = "final_config.yaml", "model_config.yaml"
+LISTING = "wandb.json"  # beside a run's files: which run, its state, and what it holds at W&B
+TRIES = 3  # of a download
+
+
+def wandb_run(path: str) -> tuple[str, ...] | None:
+    """(entity, project, run id) of what is written like a run on W&B, or None."""
+    hosts = "|".join(re.escape(h) for h in ("wandb.ai", urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc) if h)
+    name, run_id = r"([^\s\0/\\#?%:.~][^\s\0/\\#?%:]{0,127})", r"((?:[a-z0-9]-)?[a-z0-9]{8})"
+    path = path.strip().removeprefix("wandb:")
+    found = re.fullmatch(rf"{name}/{name}/(?:runs/)?{run_id}/?", path)
+    found = found or re.fullmatch(rf"https?:/+(?:{hosts})/{name}/{name}/runs/{run_id}(?:[/?#].*)?", path)
+    return found and found.groups()
+
+
+def fetch(entity: str, project: str, run_id: str, step: int | None, weights: bool) -> tuple[Path, Path | None]:
+    """(folder, checkpoint) of a run on W&B, downloaded where they are not there yet.
+
+    A run that W&B calls finished is listed once; any other may have gone on since, so W&B is asked again, unless `step`
+    names weights that are here. Processes that ask at the same time wait for the first. Raises UserError.
+    """
+    name = f"{entity}/{project}/{run_id}"
+    folder = Path(os.environ.get("SPD_OUT_DIR", "out")).absolute() / "pretrain_cache" / f"{project}-{run_id}"
+
+    def cached() -> list[str] | None:
+        """The files wanted, if all are here and W&B would not name others."""
+        try:
+            listing = json.loads((folder / LISTING).read_text())
+        except (OSError, ValueError):
+            return None
+        if listing["run"] != name:
+            raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
+        final = listing["state"] == "finished" or not weights or step in dict(checkpoint_names(listing["files"]))
+        files = final and wanted_files(listing, step, weights)
+        return files if files and all(is_whole(folder / f, *listing["files"][f]) for f in files) else None
+
+    try:
+        if (files := cached()) is None:
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / ".lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                files = cached() or download(name, folder, step, weights)
+    except UserError:
+        raise
+    except OSError as e:
+        raise UserError(f"cannot keep W&B's run {name} in {folder}: {e}") from e
+    return folder, folder / files[-1] if weights else None
+
+
+def wanted_files(listing: dict, step: int | None, weights: bool) -> list[str]:
+    """The files of a listed run at `step`, the checkpoint last. Raises RunNotFound if it has no such."""
+    name, files = f"W&B's run {listing['run']}", listing["files"]
+    for config in CONFIGS:
+        if config not in files:
+            raise RunNotFound(f"{name} has no {config}: train.py and SPD's pretraining save one")
+    wanted = [*CONFIGS, *files.keys() & {"tokenizer.json"}]
+    if not weights:
+        return wanted
+    found = dict(checkpoint_names(files))
+    if not found:
+        raise RunNotFound(f"{name} has no model_step_N.pt: it has saved no checkpoint (its state: {listing['state']})")
+    if step is not None and step not in found:
+        raise RunNotFound(f"{name} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
+    return [*wanted, found[max(found) if step is None else step]]
+
+
+def is_whole(path: Path, size: int, md5: str | None) -> bool:
+    """Whether the file is there with the size and the md5 (base64) that W&B lists; of old files it lists none."""
+    if not path.is_file() or (size and path.stat().st_size != size):
+        return False
+    with open(path, "rb") as f:
+        return not md5 or base64.b64encode(hashlib.file_digest(f, "md5").digest()).decode() == md5
+
+
+def download(name: str, folder: Path, step: int | None, weights: bool) -> list[str]:
+    """Bring the files wanted of a run on W&B to `folder`, and then its listing; their names."""
+    try:
+        import requests  # wandb needs it too
+        import wandb
+    except ImportError as e:
+        raise UserError(f"there is no {name} here, and to look for it on W&B takes: pip install wandb ({e})") from e
+    base = wandb.setup().settings.base_url
+    patience = int(os.environ.get("WANDB_HTTP_TIMEOUT", 20))  # seconds that W&B may be silent
+    here = ", ".join(map(str, checkpoints_in(folder)))
+    otherwise = f"; what is here already, step {here}, loads with that step, or from {folder}" if here else ""
+    try:
+        requests.head(base, timeout=patience)  # says at once what wandb's client would wait for and not say
+    except requests.RequestException as e:
+        raise UserError(f"cannot reach W&B at {base} to read {name} ({type(e).__name__}){otherwise}") from e
+    try:
+        api = wandb.Api(timeout=patience)
+        run = api.run(name)
+        state, remote = run.state, {}  # in this order: what a finished run lists is all of it
+        for file in run.files(per_page=500):
+            known = file.name.removeprefix("checkpoints/")
+            # only names known here become paths, so none leads out of the folder
+            if known in (*CONFIGS, "tokenizer.json") or checkpoint_names([known]):
+                remote[known] = file if known == file.name else remote.get(known, file)
+        listing = {"run": name, "state": state, "files": {k: (f.size, f.md5) for k, f in remote.items()}}
+    except Exception as e:  # wandb's own classes for these change with its versions
+        reason = " ".join(str(e).split())[:300]
+        if re.search(r"could not find|not found|error 404", reason, re.IGNORECASE):
+            raise RunNotFound(f"W&B at {base} has no run {name} that this login may see, nor is it a path here") from e
+        if re.search(r"api key|error 40[13]|invalid credentials|log(ged)? ?in", reason, re.IGNORECASE):
+            raise UserError(f"W&B at {base} wants a login to read {name}: run `wandb login` ({reason})") from e
+        raise UserError(f"W&B at {base} does not answer about {name} ({reason}){otherwise}") from e
+
+    wanted = wanted_files(listing, step, weights)
+    missing = [known for known in wanted if not is_whole(folder / known, *listing["files"][known])]
+    if missing:
+        print(f"downloading {', '.join(missing)} of W&B's run {name} to {folder}", file=sys.stderr, flush=True)
+    for known in missing:
+        url = remote[known].url  # W&B's own, which wants the login, or a bucket's, which must not get it
+        login = ("api", api.api_key) if urlsplit(url).netloc == urlsplit(base).netloc else None
+        for attempt in range(1, TRIES + 1):
+            try:
+                with requests.get(url, auth=login, stream=True, timeout=patience) as answer:
+                    receive(answer, folder / known, *listing["files"][known])
+                break
+            except requests.RequestException as e:  # a connection cut, a server in trouble
+                if attempt == TRIES:
+                    reason = str(e) if type(e) is requests.RequestException else type(e).__name__
+                    raise UserError(
+                        f"cannot download {known} of W&B's run {name} ({reason}, {TRIES} times): try again; the files "
+                        f"that did come are kept in {folder}"
+                    ) from e
+                time.sleep(attempt)
+    write_text(folder / LISTING, json.dumps(listing, indent=1) + "\n")
+    return wanted
+
+
+def receive(answer, path: Path, size: int, md5: str | None) -> None:
+    """Write the body of a requests.Response to `path`, if it is what W&B lists, or raise a RequestException."""
+    from requests import RequestException
+
+    if not answer.ok:
+        raise RequestException(f"HTTP status {answer.status_code}")
+    with whole_file(path) as f:
+        for block in answer.iter_content(2**20):
+            f.write(block)
+        f.flush()
+        if not is_whole(Path(f.name), size, md5):
+            raise RequestException("it has not the size and md5 that W&B lists")
 
 
 # -----------------------------------------------------------------------------

@@ -1,0 +1,155 @@
+"""A Weights & Biases server for tests: runs, their files, and what can go wrong on the way to them."""
+
+import base64
+import hashlib
+import json
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+KEY = "0123456789" * 4
+
+
+@dataclass
+class RemoteRun:
+    """A run as the server has it."""
+
+    files: dict[str, bytes]
+    state: str = "finished"
+    says: dict[str, dict] = field(default_factory=dict)  # name -> what the listing says of it instead of the truth
+
+    def listed(self, name: str, url: str) -> dict:
+        md5 = base64.b64encode(hashlib.md5(self.files[name]).digest()).decode()
+        node = {"id": name, "name": name, "url": url, "directUrl": url, "mimetype": "", "updatedAt": "2026-01-01"}
+        return node | {"sizeBytes": str(len(self.files[name])), "md5": md5} | self.says.get(name, {})
+
+
+class Server:
+    """Speaks what wandb's client needs to read runs, on a port of its own, in threads of this process."""
+
+    PAGE = 4  # files a page of a listing, so that there are several
+
+    def __init__(self):
+        self.port = 0
+        self.start()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all runs, faults and requests; answer again."""
+        self.runs: dict[str, RemoteRun] = {}  # entity/project/id -> run
+        self.faults: dict[str, list] = {}  # file name, or "graphql" -> what its next requests meet
+        self.asked: list[str] = []  # the file name, or "graphql", of each request
+        if not self.listening:
+            self.start()
+
+    def start(self) -> None:
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            server_ = self
+
+            def log_message(self, *_):
+                pass
+
+            def do_HEAD(self):
+                self.answer(404, b"")
+
+            def do_GET(self):
+                self.server_.file(self, unquote(self.path))
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.path == "/graphql":
+                    self.server_.graphql(self, json.loads(body))
+                else:
+                    self.answer(404, b"")  # the client's own telemetry
+
+            def answer(self, status: int, body: bytes):
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.http.handle_error = lambda *_: None  # a client that went away
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+        self.listening = True
+
+    def stop(self) -> None:
+        """No one answers at the port any more."""
+        if self.listening:
+            self.http.shutdown()
+            self.http.server_close()
+            self.listening = False
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What makes wandb's client ask here."""
+        return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "5"}
+
+    def downloads(self) -> list[str]:
+        return sorted(name for name in self.asked if name != "graphql")
+
+    def met(self, handler, name: str, body: bytes) -> bool:
+        """Whether a fault took the place of the answer."""
+        self.asked.append(name)
+        fault = self.faults.get(name) and self.faults[name].pop(0)
+        if isinstance(fault, int):
+            handler.answer(fault, b"no")
+        elif fault == "cut":  # announced whole, sent by half
+            handler.send_response(200)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body[: len(body) // 2])
+            handler.wfile.flush()
+            handler.close_connection = True
+            handler.connection.shutdown(2)
+        elif fault == "hang":
+            time.sleep(30)
+        return bool(fault)
+
+    def file(self, handler, path: str) -> None:
+        _, place, entity, project, run_id, name = path.split("/", 5)
+        body = self.runs[f"{entity}/{project}/{run_id}"].files[name]
+        if not self.met(handler, name, body):
+            # as W&B's files, which want the login, and as a bucket, which refuses one beside its signed address
+            allowed = self.logged_in(handler) if place == "files" else not handler.headers["Authorization"]
+            handler.answer(200 if allowed else 401, body if allowed else b"")
+
+    def logged_in(self, handler) -> bool:
+        return handler.headers["Authorization"] == "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+
+    def graphql(self, handler, request: dict) -> None:
+        query, given = request["query"], request.get("variables") or {}
+        if self.met(handler, "graphql", b""):
+            return
+        if not self.logged_in(handler):
+            return handler.answer(401, b'{"errors": [{"message": "user is not logged in"}]}')
+        data = {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": None}}
+        if "project(" in query:
+            path = f"{given['entity']}/{given['project']}/{given['name']}"
+            run = self.runs.get(path)
+            data = {"project": {"internalId": "1", "run": run and self.run(run, path, given)}}
+        handler.answer(200, json.dumps({"data": data}).encode())
+
+    def run(self, run: RemoteRun, path: str, given: dict) -> dict:
+        """All that the client's queries of a run ask for."""
+        first, names = int(given.get("fileCursor") or 0), list(run.files)
+        page = names[first : first + self.PAGE]
+        base = f"http://127.0.0.1:{self.port}/files/{path}"
+        edges = [{"cursor": str(first + i + 1), "node": run.listed(n, f"{base}/{n}")} for i, n in enumerate(page)]
+        more = {"endCursor": str(first + len(page)), "hasNextPage": first + len(page) < len(names)}
+        about = dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes", "historyKeys"))
+        about |= dict.fromkeys(("config", "summaryMetrics", "systemMetrics"), "{}")
+        about |= {"id": "1", "projectId": "1", "name": path.rsplit("/", 1)[1], "displayName": "a run", "tags": []}
+        about |= {
+            "state": run.state,
+            "readOnly": False,
+            "historyLineCount": 0,
+            "user": {"name": "me", "username": "me"},
+        }
+        about |= dict.fromkeys(("createdAt", "heartbeatAt"), "2026-01-01T00:00:00")
+        return about | {"fileCount": len(names), "files": {"edges": edges, "pageInfo": more}}

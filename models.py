@@ -396,13 +396,12 @@ class LanguageModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """The trained model at `path`: a run as run_info.PretrainRunInfo.from_path finds it, or Hugging Face's.
-
-        Hugging Face's are a folder with its config.json, or a hub id such as gpt2.
+        """The trained model at `path`: a run, on disk or on W&B, as run_info.PretrainRunInfo.from_path finds it, or
+        Hugging Face's: a folder with its config.json, or a hub id such as gpt2.
         """
-        from run_info import load_pretrained
+        from run_info import pretrained_model
 
-        return load_pretrained(cls, path)
+        return pretrained_model(cls, path)[0]
 
 
 # -----------------------------------------------------------------------------

@@ -474,8 +474,8 @@ def from_hugging_face(cls, name: str):
     return model
 
 
-def load_pretrained(cls, path):
-    """A model of the class `cls`: a run's, as PretrainRunInfo.from_path finds it, or else Hugging Face's.
+def pretrained_model(cls, path):
+    """(model of the class `cls`, where it was): a run's, as PretrainRunInfo.from_path finds it, or Hugging Face's.
 
     Hugging Face's are folders with a config.json and no final_config.yaml, and names of one or two parts (gpt2,
     org/name) where there is no such file or folder.
@@ -483,8 +483,9 @@ def load_pretrained(cls, path):
     local, name = Path(path).expanduser(), str(path)
     is_name = not local.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not name.endswith(".pt")
     if is_name or ((local / "config.json").exists() and not (local / "final_config.yaml").exists()):
-        return from_hugging_face(cls, name if is_name else str(local))
-    return PretrainRunInfo.from_path(path).load_model(cls)
+        return from_hugging_face(cls, name if is_name else str(local)), path
+    info = PretrainRunInfo.from_path(path)
+    return info.load_model(cls), info.checkpoint_path
 
 
 def eos_token_id(info: PretrainRunInfo) -> int:

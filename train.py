@@ -19,6 +19,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -47,7 +48,7 @@ from prepare_data import (
     window_order,
     write_text,
 )
-from run_info import plot_losses, read_metrics
+from run_info import plot_losses, pretrained_model, read_metrics
 
 # -----------------------------------------------------------------------------
 # config
@@ -84,7 +85,7 @@ class Config:
     compile: bool = key("torch.compile the model, where that works", True)
     tensorcores: bool = key("TF32 for float32 products on CUDA", True)
     zero_stage: Literal[0, 1, 2, 3] = key("1 shards the optimizer's state over the ranks; 2 and 3 are refused", 0)
-    from_pretrained: str | None = key("start from the weights of this run, checkpoint or Hugging Face model", None)
+    from_pretrained: str | None = key("start from the weights of this run, checkpoint, W&B path or hub model", None)
     inference_only: bool = key("validate and sample, update nothing", False)
     output_dir: str | None = key("runs go into folders of this one; null: ${SPD_OUT_DIR:-out}/target_models", None)
     run_dir: str | None = key("the run's own folder; one that holds a stopped run of this config is continued", None)
@@ -275,9 +276,10 @@ def data_tokenizer(c: Config, data: Shards) -> tuple[bytes, int, int]:
     return encoder.json, encoder.vocab_size, encoder.eos_token_id
 
 
-def load_pretrained(model, path: str) -> None:
-    """Copy the weights that from_pretrained finds at `path` into `model`. Raises UserError if shapes differ."""
-    state, own = type(model).from_pretrained(path).state_dict(), model.state_dict()
+def load_pretrained(model, path: str):
+    """Copy the weights that from_pretrained finds at `path` into `model`; where they were. Raises UserError."""
+    found, source = pretrained_model(type(model), path)
+    state, own = found.state_dict(), model.state_dict()
     differ = [
         f"{k} {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
         for k in own
@@ -287,13 +289,14 @@ def load_pretrained(model, path: str) -> None:
     if differ:
         raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ[:8])}")
     model.load_state_dict(state)
+    return source
 
 
-def sample_table(samples: list):
-    """The samples so far, [[step, text], ...], as a W&B table."""
+def sample_table(samples: list[dict]):
+    """The samples so far as a W&B table."""
     import wandb
 
-    return wandb.Table(columns=["step", "generated text"], data=samples)
+    return wandb.Table(columns=["step", "generated text"], data=[[m["step"], m["text"]] for m in samples])
 
 
 def wandb_tracker(c: Config, folder: Path, log):
@@ -361,6 +364,8 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
 # the run
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
+# seconds that W&B may keep a run waiting, unless the environment says otherwise; its own: 90, and at the end any time
+WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
 
 
@@ -428,11 +433,23 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     if device.type == "cuda" and not check:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
+    for name, seconds in WANDB_LIMITS.items():
+        os.environ.setdefault(name, seconds)  # before wandb reads it, be it for from_pretrained
     model_class = MODEL_CLASSES[c.model.model_type]
     raw_model = model_class(c.model, init_seed=c.init_seed)
     state = load_state(Path(c.run_dir)) if c.run_dir else None
+    start = c.from_pretrained or f"seed {c.init_seed}"
     if c.from_pretrained and not state:
-        load_pretrained(raw_model, c.from_pretrained)
+        failures = [""]
+        try:
+            start = load_pretrained(raw_model, c.from_pretrained)  # of ranks that want it from W&B, one downloads it
+        except UserError as e:
+            failures = [str(e)]
+        if dist.is_initialized():  # the first to fail would end the others before rank 0 says why
+            failure, failures = failures[0], [None] * world
+            dist.all_gather_object(failures, failure)
+        if any(failures):
+            raise UserError(max(failures))
     if check:
         if c.run_dir:
             check_folder(c)
@@ -493,7 +510,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     updates = 0 if c.inference_only else c.num_iterations
     tokens, epochs = updates * c.batch_size * T, updates * c.batch_size / n_windows
     n_params = sum(p.numel() for p in raw_model.parameters())
-    log(f"model: {c.model.model_type}, {n_params:,} parameters, from {c.from_pretrained or f'seed {c.init_seed}'}")
+    log(f"model: {c.model.model_type}, {n_params:,} parameters, from {start}")
     log(f"data: {train_data.n_tokens:,} tokens, {n_windows:,} windows of {T + 1}; for validation {n_val_windows:,}")
     log(f"plan: {updates:,} updates of {c.batch_size * T:,} tokens: {tokens:,} tokens, {epochs:.2f} epochs")
     log(f"on: {world} x {device.type}, {c.dtype}, {n_micro} x {micro} sequences a rank and update")
@@ -595,17 +612,29 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         import tokenizers
 
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
-        samples = []
+        if c.sample_every:
+            samples = keep_metrics(folder / "samples.jsonl", done)
+            samples_file = open(folder / "samples.jsonl", "a", buffering=1)
 
     # ---- metrics: losses stay on the device until they are logged
     pending = []  # (update, learning rate, loss, gradient norm) since the last flush
     seconds, timed = 0.0, 0  # of those updates, without evaluation and saving
 
+    # W&B takes no more for a step once a later one has come, or a run's end: a row goes to it when the next begins
+    row = {k: v for m in metrics if m["step"] == done for k, v in m.items()} if rank == 0 and done else {}
+
+    def log_row(run, line: dict) -> None:
+        nonlocal row
+        if row and row["step"] != line.get("step"):
+            run.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+            row = {}
+        row |= line
+
     def record(line: dict) -> None:
         metrics.append(line)
         print(json.dumps(line), file=metrics_file)
         if track:
-            track(lambda run: run.log({k: v for k, v in line.items() if k != "step"}, step=line["step"]))
+            track(lambda run: log_row(run, line))
 
     def flush() -> None:
         nonlocal seconds, timed
@@ -704,9 +733,10 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             flush()  # W&B takes steps in order only
         if due(s, c.sample_every, updates) and (text := sample(s)) is not None:
             log(f"step {s}/{updates} | sample:\n{text}\n")
-            samples.append([s, text])
+            samples.append({"step": s, "text": text})
+            print(json.dumps(samples[-1]), file=samples_file)
             if track:
-                track(lambda run, s=s: run.log({"generation_tables": sample_table(samples)}, step=s))
+                track(lambda run, s=s: log_row(run, {"step": s, "generation_tables": sample_table(samples)}))
         stop = stopping()
         if stop and s not in (0, saved):
             save(s, True)
@@ -759,15 +789,13 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             seconds, timed = seconds + time.monotonic() - t0, timed + 1
 
     # ---- the end: everything is on disk before the run says so
-    on_disk = True
+    on_disk = settle() if rank == 0 else True
+    code = INTERRUPTED if stop and on_disk else int(not on_disk)
     if rank == 0:
-        on_disk = settle()
         try:
             plot_losses({"": metrics}, folder / "loss.png")
         except ImportError:
             log("no loss.png: pip install matplotlib")
-        if track:
-            track(lambda run: run.finish())
         if on_disk and stop:
             write_text(folder / "status", "interrupted\n")
             log(f"stopped by a signal after update {s}: the same command with run_dir={folder} goes on")
@@ -776,7 +804,19 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             log(f"done: {folder}")
     if world > 1:
         dist.barrier()  # no rank leaves before rank 0 has written: the first to go may end the others
-    leave(INTERRUPTED if stop and on_disk else int(not on_disk))
+    if track:
+        ends = (  # the last row of a run that is to go on comes from there
+            lambda run: run.mark_preempting() if code else log_row(run, {}),
+            lambda run: run.finish(exit_code=code),
+        )
+        ending = threading.Thread(target=lambda: [track(end) for end in ends], daemon=True)
+        ending.start()
+        limit = float(os.environ["WANDB_FINISH_TIMEOUT"])
+        ending.join(limit + 10 if limit else None)  # W&B does not always keep to its limit
+        if ending.is_alive():
+            log(f"W&B failed (no answer for {limit:.0f} s); the run ends without it")
+            os._exit(code)  # the interpreter would wait for it again
+    leave(code)
 
 
 def leave(status: int | str) -> NoReturn:

@@ -1,5 +1,6 @@
 """train.py as its users meet it: folders, numbers, ranks, interruptions, seeds, precisions, mistakes, W&B."""
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -29,6 +30,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from wandb_server import Server
 
 import prepare_data
 import train
@@ -1045,30 +1047,118 @@ def wandb_records(path: Path):
             record = b""
 
 
+OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+LOGGED = {"train_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "val_loss", "bits_per_byte"}
+
+
+def values(items) -> dict:
+    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
+
+
+def wandb_run(run: Path):
+    """(run id, config, rows of history) of the folder of an offline run."""
+    run_id, config, rows = None, {}, []
+    for record in wandb_records(next(run.glob("*.wandb"))):
+        if record.WhichOneof("record_type") == "history":
+            rows.append(values(record.history.item))
+        run_id = record.run.run_id or run_id
+        config |= values(record.config.update) | values(record.run.config.update)
+    return run_id, config, rows
+
+
+def assert_logged(rows: list[dict], folder: Path):
+    """W&B's history is metrics.jsonl: a row a step, in order, with nothing missing and nothing twice."""
+    expected = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        expected.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
+    assert [row["_step"] for row in rows] == list(expected)
+    assert [{k: v for k, v in row.items() if k in LOGGED} for row in rows] == list(expected.values())
+
+
+def assert_samples(run: Path, folder: Path):
+    """The newest table of samples holds all that the log tells, however often the run was interrupted."""
+    newest = max(run.glob("media/table/*.table.json"), key=lambda p: int(p.name.split("_")[2]))
+    data = json.loads(newest.read_text())["data"]
+    logged = re.findall(r"step (\d+)/\d+ \| sample:\n(.*?)\n\n", (folder / "main.log").read_text(), re.S)
+    assert data == [[int(step), text] for step, text in dict(logged).items()]
+    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert data == [[m["step"], m["text"]] for m in lines]
+
+
+def assert_files(files: Path | dict, folder: Path):
+    """SPD looks for these at the run's root."""
+    wanted = [folder / f"{n}" for n in ("final_config.yaml", "model_config.yaml", "tokenizer.json")]
+    for path in wanted + [folder / "checkpoints" / f"model_step_{s}.pt" for s in KEPT]:
+        assert (files[path.name] if isinstance(files, dict) else (files / path.name).read_bytes()) == path.read_bytes()
+
+
 def test_wandb_offline_has_everything(lab, base):
     pytest.importorskip("wandb")
     options = "wandb_project=test", "sample_every=3", "train_log_every=100", "resume_every=0"
-    folder = lab.train("wandb", *options, env={"WANDB_MODE": "offline", "WANDB_SILENT": "true"})
+    folder = lab.train("wandb", *options, env=OFFLINE)
     assert metrics(folder) == metrics(base[0])
     (run,) = (folder / "wandb").glob("offline-run-*")
-    history, config = {}, {}
-    for record in wandb_records(next(run.glob("*.wandb"))):
-        if record.WhichOneof("record_type") == "history":
-            row = {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item}
-            history.setdefault(row["_step"], {}).update(row)
-        for update in (record.config.update, record.run.config.update):
-            config |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in update}
-    for line in metrics(folder):
-        got = history.get(line["step"], {})
-        for name in line.keys() & {"train_loss", "lr", "grad_norm", "val_loss", "bits_per_byte"}:
-            assert got.get(name) == line[name], (line["step"], name)
+    _, config, rows = wandb_run(run)
+    assert_logged(rows, folder)
+    assert_samples(run / "files", folder)
+    assert_files(run / "files", folder)
     final = yaml.safe_load((folder / "final_config.yaml").read_text())
-    assert config["learning_rate"] == final["learning_rate"]
-    assert config["model"] == final["model"]
-    # SPD looks for these at the run's root
-    wanted = [folder / f"{n}" for n in ("final_config.yaml", "model_config.yaml", "tokenizer.json")]
-    for path in wanted + [folder / "checkpoints" / f"model_step_{s}.pt" for s in KEPT]:
-        assert (run / "files" / path.name).read_bytes() == path.read_bytes()
+    assert {k: v for k, v in config.items() if k != "_wandb"} == final
+
+
+def test_wandb_goes_on_in_the_same_run(lab, base):
+    """Stopped in the update before a validation and a sample, whose row the run that goes on completes."""
+    pytest.importorskip("wandb")
+    options = "wandb_project=test", "sample_every=7", "resume_every=0", f"run_dir={lab.root / 'wandb continued'}"
+    stop = {0: ("torch.nn.utils.clip_grad_norm_", 14, [signal.SIGTERM])}
+    assert lab.run(*options, env=OFFLINE, traps=stop).code == 75
+    assert lab.run(*options, env=OFFLINE).code == 0
+    folder = lab.root / "wandb continued"
+    assert_same_run(folder, base[0])
+    runs = sorted((folder / "wandb").glob("offline-run-*"))
+    first, second = map(wandb_run, runs)
+    assert first[0] == second[0] == (folder / "wandb_run_id").read_text()
+    assert [row["_step"] for row in second[2]] == list(range(14, N + 1))
+    assert_logged(first[2] + second[2], folder)
+    assert_samples(runs[1] / "files", folder)
+
+
+def test_wandb_online_and_back(lab, base, tmp_path):
+    """Written to a server, stopped and continued there, then read from it, also as what another run starts from."""
+    pytest.importorskip("wandb")
+    server = Server()
+    try:
+        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
+        folder = lab.root / "wandb online"
+        options = "wandb_project=test", "sample_every=7", "resume_every=0", f"run_dir={folder}"
+        stop = {0: ("torch.nn.utils.clip_grad_norm_", 14, [signal.SIGTERM])}
+        assert lab.run(*options, env=env, traps=stop).code == 75
+        path = f"me/test/{(folder / 'wandb_run_id').read_text()}"
+        remote = server.runs[path]
+        assert remote.state == "preempted"
+        result = lab.run(*options, env=env)
+        assert (result.code, result.out.count("W&B failed")) == (0, 0)
+        assert_same_run(folder, base[0])
+        assert (remote.state, list(server.runs)) == ("finished", [path])
+        assert_logged(remote.history, folder)
+        assert_files(remote.files, folder)
+
+        server.asked.clear()
+        env |= {"SPD_OUT_DIR": str(tmp_path / "out")}
+        result = lab.run(f"from_pretrained={path}", f"run_dir={lab.root / 'wandb tuned'}", env=env, ranks=2)
+        assert result.code == 0, result.err
+        assert equal(weights(lab.root / "wandb tuned", 0), weights(folder))
+        assert "from " + str(tmp_path / "out" / "pretrain_cache") in result.out
+        assert server.downloads().count(f"model_step_{N}.pt") == 1
+        server.stop()
+        results = lab.finish(
+            lab.start("from_pretrained=me/test/zzzz9999", f"run_dir={tmp_path / 'x'}", env=env, ranks=2)
+        )
+        assert [r.code for r in results] == [1, 1]
+        assert re.fullmatch(r"train: cannot reach W&B at .*\n", results[0].err)
+        assert not (tmp_path / "x").exists()
+    finally:
+        server.stop()
 
 
 def test_a_wandb_that_fails_does_not_end_the_run(lab, base, tmp_path):
@@ -1078,6 +1168,55 @@ def test_a_wandb_that_fails_does_not_end_the_run(lab, base, tmp_path):
     assert result.code == 0, result.err
     assert len(re.findall(r"^W&B failed \(.+\).*training goes on", result.out, re.M)) == 1
     assert_same_run(lab.root / "no wandb", base[0])
+
+
+@pytest.mark.parametrize("what, answers", [("graphql", 0), ("graphql", 6), ("stream", 0)])
+def test_a_wandb_that_hangs_does_not_end_the_run(lab, base, tmp_path, what, answers):
+    """Its server says nothing: at the start, from the first table of samples on, or when rows come."""
+    pytest.importorskip("wandb")
+    server = Server()
+    try:
+        server.faults = {what: [None] * answers + ["hang"] * 1000}
+        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
+        env |= {"WANDB_INIT_TIMEOUT": "1", "WANDB_FINISH_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1"}
+        folder = lab.root / f"wandb hangs {what} {answers}"
+        result = lab.run("wandb_project=test", "sample_every=12", f"run_dir={folder}", env=env)
+        assert result.code == 0, result.err
+        assert len(re.findall(r"^W&B failed \(.+\); .*without it$", result.out, re.M)) == 1
+        assert_same_run(folder, base[0])
+    finally:
+        server.stop()
+
+
+def children(pid: int, name: str) -> list[int]:
+    """The process ids of a process's children of that name."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            text = path.read_text()
+            if text.startswith(f"Name:\t{name}\n") and f"\nPPid:\t{pid}\n" in text:
+                found.append(int(path.parent.name))
+    return found
+
+
+def test_a_wandb_that_dies_does_not_end_the_run(lab, base, tmp_path):
+    """Its process, which hands on what is logged, is killed once the run has begun there."""
+    pytest.importorskip("wandb")
+    server = Server()
+    try:
+        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
+        started = lab.start("wandb_project=test", f"run_dir={lab.root / 'wandb dies'}", env=env)
+        while not server.runs:
+            assert started[0][0].is_alive()
+            time.sleep(0.01)
+        (core,) = children(started[0][0].pid, "wandb-core")
+        os.kill(core, signal.SIGKILL)
+        (result,) = lab.finish(started)
+        assert result.code == 0, result.err
+        assert len(re.findall(r"^W&B failed \(.+\); .*without it$", result.out, re.M)) == 1
+        assert_same_run(lab.root / "wandb dies", base[0])
+    finally:
+        server.stop()
 
 
 def test_dataset_of_the_run_is_the_one_prepared(lab):

@@ -1,4 +1,4 @@
-"""A Weights & Biases server for tests: runs, their files, and what can go wrong on the way to them."""
+"""A Weights & Biases server for tests: runs, their files and history, and what can go wrong on the way."""
 
 import base64
 import hashlib
@@ -19,6 +19,9 @@ class RemoteRun:
     files: dict[str, bytes]
     state: str = "finished"
     says: dict[str, dict] = field(default_factory=dict)  # name -> what the listing says of it instead of the truth
+    history: list[dict] = field(default_factory=list)  # a row a step, as its writer logged them
+    config: dict = field(default_factory=dict)
+    preempting: bool = False
 
     def listed(self, name: str, url: str) -> dict:
         md5 = base64.b64encode(hashlib.md5(self.files[name]).digest()).decode()
@@ -27,7 +30,7 @@ class RemoteRun:
 
 
 class Server:
-    """Speaks what wandb's client needs to read runs, on a port of its own, in threads of this process."""
+    """Speaks what wandb's client needs to write and read runs, on a port of its own, in threads of this process."""
 
     PAGE = 4  # files a page of a listing, so that there are several
 
@@ -62,8 +65,15 @@ class Server:
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if self.path == "/graphql":
                     self.server_.graphql(self, json.loads(body))
+                elif self.path.endswith("/file_stream"):
+                    self.server_.stream(self, json.loads(body))
                 else:
                     self.answer(404, b"")  # the client's own telemetry
+
+            def do_PUT(self):
+                _, path, name = unquote(self.path).split("//", 2)
+                self.server_.runs[path].files[name] = self.rfile.read(int(self.headers["Content-Length"]))
+                self.answer(200, b"")
 
             def answer(self, status: int, body: bytes):
                 self.send_response(status)
@@ -96,7 +106,7 @@ class Server:
     def met(self, handler, name: str, body: bytes) -> bool:
         """Whether a fault took the place of the answer."""
         self.asked.append(name)
-        fault = self.faults.get(name) and self.faults[name].pop(0)
+        fault = self.faults[name].pop(0) if self.faults.get(name) else None
         if isinstance(fault, int):
             handler.answer(fault, b"no")
         elif fault == "cut":  # announced whole, sent by half
@@ -129,11 +139,49 @@ class Server:
         if not self.logged_in(handler):
             return handler.answer(401, b'{"errors": [{"message": "user is not logged in"}]}')
         data = {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": None}}
-        if "project(" in query:
-            path = f"{given['entity']}/{given['project']}/{given['name']}"
-            run = self.runs.get(path)
+        path = "/".join(
+            (given.get("entity") or "me", given.get("project") or "", given.get("name") or given.get("run") or "")
+        )
+        run = self.runs.get(path)
+        if "upsertBucket" in query:
+            run = self.runs.setdefault(path, RemoteRun({}))
+            run.state = "running"
+            run.config |= json.loads(given["config"] or "{}")
+            data = {"upsertBucket": {"bucket": self.bucket(run, path), "inserted": True}}
+        elif "query RunResumeStatus" in query:
+            data = {"model": run and {"id": "1", "name": "p", "entity": None, "bucket": self.bucket(run, path)}}
+        elif "createRunFiles" in query:
+            urls = [{"name": n, "uploadUrl": f"http://127.0.0.1:{self.port}/up//{path}//{n}"} for n in given["files"]]
+            data = {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": urls}}
+        elif "createArtifact" in query:  # a table is an artifact too; its file comes among the run's as well
+            return handler.answer(400, b'{"errors": [{"message": "no artifacts here"}]}')
+        elif "artifact" in query:
+            data = {"project": None}
+        elif "project(" in query:
             data = {"project": {"internalId": "1", "run": run and self.run(run, path, given)}}
         handler.answer(200, json.dumps({"data": data}).encode())
+
+    def stream(self, handler, sent: dict) -> None:
+        """Rows of history, and the end of a run."""
+        if self.met(handler, "stream", b""):
+            return
+        run = self.runs["/".join(handler.path.split("/")[2:5])]
+        rows = sent.get("files", {}).get("wandb-history.jsonl", {"offset": 0, "content": []})
+        run.history[rows["offset"] :] = [*map(json.loads, rows["content"])] or run.history[rows["offset"] :]
+        run.preempting |= bool(sent.get("preempting"))
+        if sent.get("complete"):
+            run.state = "finished" if not sent["exitcode"] else "preempted" if run.preempting else "failed"
+        handler.answer(200, b"{}")
+
+    def bucket(self, run: RemoteRun, path: str) -> dict:
+        """What a client that writes a run learns of it."""
+        entity, project, run_id = path.split("/")
+        tail = json.dumps([json.dumps(row) for row in run.history[-1:]])
+        about = {"id": "1", "name": run_id, "displayName": "a run", "description": "", "sweepName": None, "tags": []}
+        about |= {"project": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}}}
+        about |= {"historyLineCount": len(run.history), "eventsLineCount": 0, "logLineCount": 0, "notes": None}
+        about |= {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}", "config": json.dumps(run.config)}
+        return about | {"wandbConfig": json.dumps({"t": {}})}
 
     def run(self, run: RemoteRun, path: str, given: dict) -> dict:
         """All that the client's queries of a run ask for."""

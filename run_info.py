@@ -297,7 +297,7 @@ def download(name: str, folder: Path, step: int | None, weights: bool) -> list[s
     base = wandb.setup().settings.base_url
     patience = int(os.environ.get("WANDB_HTTP_TIMEOUT", 20))  # seconds that W&B may be silent
     here = ", ".join(map(str, checkpoints_in(folder)))
-    otherwise = f"; what is here already, step {here}, loads with that step, or from {folder}" if here else ""
+    otherwise = f"; {folder} holds step {here}: name that folder to do without W&B" if here else ""
     try:
         requests.head(base, timeout=patience)  # says at once what wandb's client would wait for and not say
     except requests.RequestException as e:

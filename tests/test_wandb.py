@@ -287,6 +287,7 @@ def test_eight_processes_download_once(put, server, tmp_path):
     found = {process.communicate(timeout=100)[0] for process in processes}
     assert found == {f"{folder_of(tmp_path) / 'model_step_10.pt'}\n"}
     assert server.downloads() == sorted([*CONFIGS, "tokenizer.json", "model_step_10.pt"])
+    assert server.asked.count("graphql") < 10  # as one process asks
     assert_nothing_half(folder_of(tmp_path), run)
 
 

@@ -26,7 +26,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
@@ -65,7 +64,8 @@ class PretrainRunInfo:
         its copy on disk once that holds all it needs. With weights=False, a run that has saved none yet will do. Raises
         UserError, a FileNotFoundError too if there is no such run or checkpoint.
         """
-        on_wandb = None if os.path.exists(path) else wandb_run(str(path))
+        here = os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))  # wandb makes empty folders so named
+        on_wandb = None if here else wandb_run(str(path))
         path = Path(os.path.expanduser(path)).absolute()
         if on_wandb:
             folder, checkpoint = fetch(*on_wandb, step, weights)
@@ -220,7 +220,8 @@ TRIES = 3  # of a download
 
 def wandb_run(path: str) -> tuple[str, ...] | None:
     """(entity, project, run id) of what is written like a run on W&B, or None."""
-    hosts = "|".join(re.escape(h) for h in ("wandb.ai", urlsplit(os.environ.get("WANDB_BASE_URL", "")).netloc) if h)
+    own_host = os.environ.get("WANDB_BASE_URL", "").partition("//")[2].partition("/")[0]
+    hosts = "|".join(map(re.escape, filter(None, ("wandb.ai", own_host))))
     name, run_id = r"([^\s\0/\\#?%:.~][^\s\0/\\#?%:]{0,127})", r"((?:[a-z0-9]-)?[a-z0-9]{8})"
     path = path.strip().removeprefix("wandb:")
     found = re.fullmatch(rf"{name}/{name}/(?:runs/)?{run_id}/?", path)
@@ -292,10 +293,13 @@ def download(name: str, folder: Path, step: int | None, weights: bool) -> list[s
     try:
         import requests  # wandb needs it too
         import wandb
+
+        base = wandb.setup().settings.base_url
+        patience = int(os.environ.get("WANDB_HTTP_TIMEOUT", 20))  # seconds that W&B may be silent
     except ImportError as e:
         raise UserError(f"there is no {name} here, and to look for it on W&B takes: pip install wandb ({e})") from e
-    base = wandb.setup().settings.base_url
-    patience = int(os.environ.get("WANDB_HTTP_TIMEOUT", 20))  # seconds that W&B may be silent
+    except Exception as e:  # settings of the environment that wandb refuses
+        raise UserError(f"wandb, to read {name}, does not start: {' '.join(str(e).split())[:300]}") from e
     here = ", ".join(map(str, checkpoints_in(folder)))
     otherwise = f"; {folder} holds step {here}: name that folder to do without W&B" if here else ""
     try:
@@ -326,7 +330,7 @@ def download(name: str, folder: Path, step: int | None, weights: bool) -> list[s
         print(f"downloading {', '.join(missing)} of W&B's run {name} to {folder}", file=sys.stderr, flush=True)
     for known in missing:
         url = remote[known].url  # W&B's own, which wants the login, or a bucket's, which must not get it
-        login = ("api", api.api_key) if urlsplit(url).netloc == urlsplit(base).netloc else None
+        login = ("api", api.api_key) if str(url).startswith(base.rstrip("/") + "/") else None
         for attempt in range(1, TRIES + 1):
             try:
                 with requests.get(url, auth=login, stream=True, timeout=patience) as answer:

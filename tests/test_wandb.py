@@ -39,7 +39,12 @@ def service(tmp_path_factory):
         home = tmp_path_factory.mktemp("home")
         for name in [name for name in os.environ if name.startswith("WANDB")]:
             patch.delenv(name)
-        for name, value in {**server.environment, "HOME": str(home), "NETRC": str(home / "none")}.items():
+        for name, value in {
+            **server.environment,
+            "HOME": str(home),
+            "NETRC": str(home / "none"),
+            "WANDB_DIR": str(home),
+        }.items():
             patch.setenv(name, value)
         wandb.teardown()  # settings of tests before
         yield server
@@ -177,6 +182,13 @@ def test_a_local_path_wins(put, server, tmp_path):
         (here / name).write_bytes(run.files[name])
     assert PretrainRunInfo.from_path(RUN).checkpoint_path == here / "model_step_2.pt"
     assert server.asked == []
+
+
+def test_an_empty_folder_is_no_run(put, tmp_path):
+    """wandb's client makes one, entity/project/runid, wherever WANDB_DIR or else the temporary folder is."""
+    put()
+    (tmp_path / RUN).mkdir(parents=True)
+    assert PretrainRunInfo.from_path(RUN).folder == folder_of(tmp_path)
 
 
 # -----------------------------------------------------------------------------
@@ -414,6 +426,7 @@ TROUBLE = {
     "a server in trouble": ({}, lambda s: s.faults.update(graphql=[500] * 99), r"does not answer about"),
     "no checkpoint": ({}, lambda s: drop(s, "model_step"), r"has no model_step_N\.pt"),
     "no config": ({}, lambda s: drop(s, "final"), r"has no final_config\.yaml"),
+    "a setting that wandb refuses": ({"WANDB_BASE_URL": "nonsense"}, None, r"wandb.* does not start.*base_url"),
     "norms taken out": ({}, lambda s: ablate(s), r"enable_ln_ablation"),
 }
 

@@ -416,18 +416,31 @@ def ask(tmp_path, **env):
     return done.returncode, done.stdout, words
 
 
+NO_LOGIN = {
+    "none": ({"WANDB_API_KEY": ""}, r"wants a login to read ent/proj/abcd1234: run `wandb login`"),
+    "half a key": ({"WANDB_API_KEY": "123"}, r"wants a login .*40"),
+    "a wrong key": ({"WANDB_API_KEY": "a" * 40}, r"wants a login .*not logged in"),
+    "a setting that wandb refuses": ({"WANDB_BASE_URL": "nonsense"}, r"wandb.* does not start.*base_url"),
+}
+
+
+@pytest.mark.parametrize("what", NO_LOGIN)
+def test_no_login_is_one_sentence(put, tmp_path, what):
+    put()
+    env, says = NO_LOGIN[what]
+    code, out, words = ask(tmp_path, **env)
+    assert (code, out, len(words)) == (1, "", 1)
+    assert re.match(rf"run_info: .*{says}", words[0])
+
+
 TROUBLE = {
-    "no login": ({"WANDB_API_KEY": ""}, None, r"wants a login to read ent/proj/abcd1234: run `wandb login`"),
-    "half a key": ({"WANDB_API_KEY": "123"}, None, r"wants a login .*40"),
-    "a wrong key": ({"WANDB_API_KEY": "a" * 40}, None, r"wants a login .*not logged in"),
-    "no such run": ({}, lambda s: s.runs.clear(), r"W&B at http://127.0.0.1:\d+ has no run ent/proj/abcd1234"),
-    "no network": ({}, lambda s: s.stop(), r"cannot reach W&B at http://127.0.0.1:\d+"),
-    "silence": ({}, lambda s: s.faults.update(graphql=["hang"] * 9), r"does not answer about ent/proj/abcd1234"),
-    "a server in trouble": ({}, lambda s: s.faults.update(graphql=[500] * 99), r"does not answer about"),
-    "no checkpoint": ({}, lambda s: drop(s, "model_step"), r"has no model_step_N\.pt"),
-    "no config": ({}, lambda s: drop(s, "final"), r"has no final_config\.yaml"),
-    "a setting that wandb refuses": ({"WANDB_BASE_URL": "nonsense"}, None, r"wandb.* does not start.*base_url"),
-    "norms taken out": ({}, lambda s: ablate(s), r"enable_ln_ablation"),
+    "no such run": (lambda s: s.runs.clear(), RunNotFound, r"W&B at http://127.0.0.1:\d+ has no run ent/proj/abcd1234"),
+    "no network": (lambda s: s.stop(), UserError, r"cannot reach W&B at http://127.0.0.1:\d+"),
+    "silence": (lambda s: s.faults.update(graphql=["hang"] * 9), UserError, r"does not answer about ent/proj/abcd1234"),
+    "a server in trouble": (lambda s: s.faults.update(graphql=[500] * 99), UserError, r"does not answer about"),
+    "no checkpoint": (lambda s: drop(s, "model_step"), RunNotFound, r"has no model_step_N\.pt"),
+    "no config": (lambda s: drop(s, "final"), RunNotFound, r"has no final_config\.yaml"),
+    "norms taken out": (lambda s: ablate(s), UserError, r"enable_ln_ablation"),
 }
 
 
@@ -442,16 +455,15 @@ def ablate(server):
 
 
 @pytest.mark.parametrize("what", TROUBLE)
-def test_trouble_is_one_sentence(put, server, tmp_path, what):
+def test_trouble_is_one_sentence(put, server, monkeypatch, what):
     put()
-    env, spoil, says = TROUBLE[what]
-    if spoil:
-        spoil(server)
-    code, out, words = ask(tmp_path, WANDB_HTTP_TIMEOUT="1", **env)
-    assert (code, out) == (1, "")
-    assert not [line for line in words[:-1] if not line.startswith("downloading ")]
-    assert words[-1].startswith("run_info: ")
-    assert re.search(says, words[-1])
+    spoil, kind, says = TROUBLE[what]
+    spoil(server)
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    with pytest.raises(UserError, match=says) as e:
+        PretrainRunInfo.from_path(RUN)
+    assert type(e.value) is kind
+    assert "\n" not in str(e.value)
 
 
 def test_the_command_line_shows_a_run(put, tmp_path):

@@ -812,7 +812,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         ending = threading.Thread(target=lambda: [track(end) for end in ends], daemon=True)
         ending.start()
         limit = float(os.environ["WANDB_FINISH_TIMEOUT"])
-        ending.join(limit + 10 if limit else None)  # W&B does not always keep to its limit
+        ending.join(limit + 5 if limit else None)  # W&B does not always keep to its limit
         if ending.is_alive():
             log(f"W&B failed (no answer for {limit:.0f} s); the run ends without it")
             os._exit(code)  # the interpreter would wait for it again

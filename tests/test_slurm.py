@@ -331,7 +331,7 @@ def test_one_node(submit, repo, expected):
     assert (about["ranks"], about["git_commit"]) == (2, git(repo, "rev-parse", "HEAD").strip())
     assert "+# changed" in (job.run / "git.diff").read_text()
     code = job.log_file.parent / "code"
-    assert "slurm/" not in git(repo, "status", "--porcelain", "-uall")  # or else the next copy would have this one
+    assert "/code/" not in git(repo, "status", "--porcelain", "-uall")  # or else the next copy would have this one
     scripts = {"models.py", "new.py", "prepare_data.py", "train.py", "slurm_submit.sh"}
     assert {p.name for p in code.iterdir() if p.is_file()} == scripts
     assert (code / "models.py").read_text() == changed

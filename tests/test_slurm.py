@@ -117,15 +117,10 @@ class Cluster:
         until(lambda: self(*idle).count("\n") == 2, 30, "idle nodes", self.log)
 
     def stop(self):
-        """End the jobs, or else their processes; then the daemons, last started first."""
+        """End the jobs, the daemons, last started first, and what is left of the jobs."""
         with contextlib.suppress(subprocess.CalledProcessError, AssertionError):
             self("scancel", "-u", "root")
             until(lambda: not self("squeue", "-h"), 10, "an empty queue", self.log)
-        mine = f"SLURM_CONF={self.root}/slurm.conf"
-        for pid, env in processes():
-            if mine in env and "SLURM_JOB_ID" in " ".join(env):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
         for process in reversed(self.daemons):
             process.terminate()
             try:
@@ -133,6 +128,10 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for pid, env in processes():  # jobs outlive slurmd
+            if f"SLURM_CONF={self.root}/slurm.conf" in env:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         if self.bridge:
             self.ip("link del", self.bridge)
         shutil.rmtree(self.root, ignore_errors=True)

@@ -240,9 +240,7 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
 
     def cached() -> list[str] | None:
         """The files wanted, if all are here and W&B would not name others."""
-        try:
-            listing = json.loads((folder / LISTING).read_text())
-        except (OSError, ValueError):
+        if not (listing := read_listing(folder)):
             return None
         if listing["run"] != name:
             raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
@@ -261,6 +259,14 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
     except OSError as e:
         raise UserError(f"cannot keep W&B's run {name} in {folder}: {e}") from e
     return folder, folder / files[-1] if weights else None
+
+
+def read_listing(folder: Path) -> dict:
+    """What W&B listed of the run whose files are in `folder`; empty if it is none of W&B's."""
+    try:
+        return json.loads((folder / LISTING).read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def wanted_files(listing: dict, step: int | None, weights: bool) -> list[str]:
@@ -647,6 +653,8 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
     status, about = info.folder / "status", {}
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((info.folder / "environment.json").read_text())
+    on_wandb = dict(checkpoint_names(read_listing(info.folder).get("files", ())))  # whether they are here or not
+    steps = sorted(info.checkpoints.keys() | on_wandb)
     losses = {}
     for name, points in curves(info.metrics).items():
         at = {"first": points[0], "best": min(points, key=lambda p: p[1]), "last": points[-1]}
@@ -660,7 +668,7 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
         "started": about.get("started"),
         "from": {k: about.get(k) for k in ("git_commit", "git_dirty", "device", "ranks")},
         "trained": {
-            "updates": max([m["step"] for m in info.metrics] + list(info.checkpoints), default=0),
+            "updates": max([m["step"] for m in info.metrics] + steps, default=0),
             "of": c.get("num_iterations"),
             "tokens": max((m["tokens"] for m in info.metrics if "tokens" in m), default=None),
         },
@@ -671,7 +679,7 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
             "tokens": info.load_tokenizer().get_vocab_size(),
             "from": str(info.tokenizer_path or info.hf_tokenizer_path),
         },
-        "checkpoints": list(info.checkpoints),
+        "checkpoints": steps,
         "loaded": info.checkpoint_path and str(info.checkpoint_path),
     } | losses
 

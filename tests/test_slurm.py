@@ -317,13 +317,14 @@ def expected(lab):
 
 def test_one_node(submit, repo, expected):
     """Two processes, one for each GPU; the run knows the code that it ran."""
+    (repo / "old.py").touch()
     git(repo, "init", "-q")
     git(repo, "add", ".")
     git(repo, "commit", "-q", "-m", "x")
     changed = (repo / "models.py").read_text() + "# changed\n"
     (repo / "models.py").write_text(changed)
     (repo / "new.py").touch()
-    (repo / "run_info.py").unlink()
+    (repo / "old.py").unlink()
     job = submit("--n_gpus", 2)
     job.completes(expected[2], starts=1)
     about = json.loads((job.run / "environment.json").read_text())
@@ -331,7 +332,7 @@ def test_one_node(submit, repo, expected):
     assert "+# changed" in (job.run / "git.diff").read_text()
     code = job.log_file.parent / "code"
     assert "/code/" not in git(repo, "status", "--porcelain", "-uall")  # or else the next copy would have this one
-    scripts = {"models.py", "new.py", "prepare_data.py", "train.py", "slurm_submit.sh"}
+    scripts = {"models.py", "new.py", "prepare_data.py", "run_info.py", "train.py", "slurm_submit.sh"}
     assert {p.name for p in code.iterdir() if p.is_file()} == scripts
     assert (code / "models.py").read_text() == changed
     assert not any(p.stat().st_mode & 0o222 for p in code.iterdir() if p.is_file())

@@ -561,7 +561,7 @@ def test_a_second_ctrl_c_ends_at_once(lab, base):
     result = lab.run(f"run_dir={folder}", traps={0: slow_update})
     assert result.code != 0
     assert "Traceback" not in result.err
-    assert (folder / "status").read_text() == "running\n"  # it had no time to tidy up
+    assert (folder / "status").read_text() == "interrupted\n"
     assert_same_run(lab.train("impatient"), base[0])
 
 

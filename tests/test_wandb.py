@@ -397,7 +397,7 @@ def test_the_login_goes_to_the_service_alone(put, server):
 def test_a_killed_download_leaves_nothing_in_the_way(put, server, tmp_path):
     run = put()
     server.faults = {"model_step_10.pt": ["hang"]}
-    command = [sys.executable, ROOT / "run_info.py", RUN]
+    command = [sys.executable, ROOT / "run_info.py", RUN, "--sample", ""]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=tmp_path)
     while "model_step_10.pt" not in server.asked:
         assert process.poll() is None
@@ -467,13 +467,15 @@ def test_trouble_is_one_sentence(put, server, monkeypatch, what):
 
 
 def test_the_command_line_shows_a_run(put, tmp_path):
+    """And which checkpoints W&B has, without downloading one."""
     put()
     code, out, words = ask(tmp_path)
     assert code == 0
     assert len(words) == 1
     n_params = sum(p.numel() for p in make_model("LlamaSimpleMLP").parameters())
-    for word in ("LlamaSimpleMLP", f"{n_params:,}", "model_step_10.pt"):
+    for word in ("LlamaSimpleMLP", f"{n_params:,}", "checkpoints   0, 2, 10\n"):
         assert word in out
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 # -----------------------------------------------------------------------------

@@ -259,6 +259,66 @@ class LlamaBlock(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# the loss, without the logits of all positions at once
+
+
+def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
+    """hidden (N, C), weight (V, C), targets (N,) -> (loss, gradients of its sum by hidden and weight, or None).
+
+    The loss is the mean cross-entropy of hidden @ weight.T at the targets that are not -1. A piece of rows leaves its
+    share of the gradients while its logits are there.
+    """
+    N, V, device = len(hidden), len(weight), hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    rows = -(-N // 4)
+    if not torch.compiler.is_compiling():  # which makes code of every piece
+        rows = min(rows, max(512, 2 ** (22 if device == "cpu" else 28) // V))  # a CPU's caches hold one piece
+    w, loss, grad_hidden, grad_weight = weight.to(dtype), 0.0, [], None
+    for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
+        logp = F.log_softmax(h @ w.T, dim=-1, dtype=torch.float32)  # (rows, V)
+        loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
+        if with_gradients:
+            # of the sum, not the mean: of order 1, so that float16 holds them; backward multiplies by all the rest
+            one = torch.ones_like(y, dtype=torch.float32)[:, None]
+            d = logp.exp_().scatter_add_(1, y.clamp(min=0)[:, None], -one).to(dtype)  # by logits (rows, V)
+            counts = (y != -1)[:, None].to(dtype)
+            grad_hidden.append(d @ w * counts)
+            h = h * counts
+            if grad_weight is None:
+                grad_weight = (d.T @ h).to(torch.promote_types(weight.dtype, torch.float32))
+            elif grad_weight.dtype == dtype:
+                grad_weight.addmm_(d.T, h)
+            else:
+                grad_weight += d.T @ h
+    return loss / (targets != -1).sum(), torch.cat(grad_hidden) if with_gradients else None, grad_weight
+
+
+class LossInPieces(torch.autograd.Function):
+    """loss_in_pieces with its gradients."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden, weight, targets):
+        return loss_in_pieces(hidden, weight, targets, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*inputs, *output[1:])
+
+    @staticmethod
+    def backward(ctx, grad, *_):
+        hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
+            hidden, weight = hidden.view_as(hidden), weight.view_as(weight)  # a tied weight is behind hidden, too
+            loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=-1)
+            return *torch.autograd.grad(loss, (hidden, weight), grad, create_graph=True), None
+        grad = grad / (targets != -1).sum().clamp(min=1)
+        return (grad_hidden * grad).to(hidden.dtype), (grad_weight * grad).to(weight.dtype), None
+
+
+# -----------------------------------------------------------------------------
 # what all five share
 
 
@@ -311,14 +371,24 @@ class LanguageModel(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
         try:
-            logits = self.lm_head(self.hidden(idx))  # (B, T, V)
+            hidden = self.hidden(idx)  # (B, T, C)
         except IndexError:
             self.check_ids(idx)
             raise
-        loss = None
+        if targets is not None and not return_logits and self.plain_head():
+            args = hidden.flatten(0, -2), self.lm_head.weight, targets.reshape(-1)
+            wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.lm_head.weight.requires_grad)
+            return None, LossInPieces.apply(*args)[0] if wanted else loss_in_pieces(*args, False)[0]
+        logits, loss = self.lm_head(hidden), None  # (B, T, V)
         if targets is not None:
             loss = F.cross_entropy(logits.float().reshape(-1, V), targets.reshape(-1), ignore_index=-1)
         return (logits if return_logits else None), loss
+
+    def plain_head(self) -> bool:
+        """Whether lm_head is the nn.Linear it was made as, with no hook that would have to see its logits."""
+        head = self.lm_head
+        hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+        return type(head) is nn.Linear and head.bias is None and not any(hooks)
 
     def check_ids(self, idx) -> None:
         """Raise ValueError if idx (any shape, int64) holds a token id outside the vocabulary."""

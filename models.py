@@ -262,6 +262,9 @@ class LlamaBlock(nn.Module):
 # the loss, without the logits of all positions at once
 
 
+VOCAB_MULTIPLE = {"cuda": 64}  # bfloat16 products of an odd width miss the tensor cores' fast kernels
+
+
 def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
     """hidden (N, C), weight (V, C), targets (N,) -> (loss, gradients of its sum by hidden and weight, or None).
 
@@ -274,8 +277,12 @@ def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
     if not torch.compiler.is_compiling():  # which makes code of every piece
         rows = min(rows, max(512, 2 ** (22 if device == "cpu" else 28) // V))  # a CPU's caches hold one piece
     w, loss, grad_hidden, grad_weight = weight.to(dtype), 0.0, [], None
+    if padding := -V % VOCAB_MULTIPLE.get(device, 1):
+        w = F.pad(w, (0, 0, 0, padding))
     for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
-        logp = F.log_softmax(h @ w.T, dim=-1, dtype=torch.float32)  # (rows, V)
+        logits = h @ w.T  # (rows, V)
+        logits[:, V:] = float("-inf")
+        logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
         loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
         if with_gradients:
             # of the sum, not the mean: of order 1, so that float16 holds them; backward multiplies by all the rest
@@ -290,7 +297,9 @@ def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
                 grad_weight.addmm_(d.T, h)
             else:
                 grad_weight += d.T @ h
-    return loss / (targets != -1).sum(), torch.cat(grad_hidden) if with_gradients else None, grad_weight
+    if with_gradients:
+        grad_hidden, grad_weight = torch.cat(grad_hidden), grad_weight[:V]
+    return loss / (targets != -1).sum(), grad_hidden, grad_weight
 
 
 class LossInPieces(torch.autograd.Function):
@@ -316,6 +325,44 @@ class LossInPieces(torch.autograd.Function):
             return *torch.autograd.grad(loss, (hidden, weight), grad, create_graph=True), None
         grad = grad / (targets != -1).sum().clamp(min=1)
         return (grad_hidden * grad).to(hidden.dtype), (grad_weight * grad).to(weight.dtype), None
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+class MuonAndAdamW:
+    """Both as one optimizer. `lr_factor` in Muon's group: its learning rate over AdamW's, whatever the schedule."""
+
+    def __init__(self, muon, adamw):
+        self.muon, self.adamw = muon, adamw
+        self.found_inf = None  # as AdamW's fused kernel reads it: a device's 0.0 or 1.0; at 1.0 no weight changes
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.muon.param_groups + self.adamw.param_groups
+
+    @torch.no_grad()
+    def step(self) -> None:
+        params = [p for group in self.muon.param_groups for p in group["params"]]
+        before = [p.clone() for p in params] if self.found_inf is not None else params
+        self.muon.step()
+        for p, old in zip(params, before, strict=True):
+            if self.found_inf is not None:
+                p.copy_(torch.where(self.found_inf > 0, old, p))  # Muon has no such flag; to ask for it would wait
+        self.adamw.found_inf = self.found_inf
+        self.adamw.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
 
 
 # -----------------------------------------------------------------------------
@@ -429,15 +476,24 @@ class LanguageModel(nn.Module):
                 break
         return idx[0] if one_dim else idx
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage=0):
-        """AdamW that decays tensors of two dimensions and more.
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, zero_stage=0, muon_learning_rate=None
+    ):
+        """AdamW that decays tensors of two dimensions and more; with a muon_learning_rate, Muon for blocks' matrices.
 
         zero_stage 1 shards its state over the ranks of the process group, where there is one. Raises ValueError for
-        stages 2 and 3.
+        stages 2 and 3, and for Muon with stage 1 or a torch that has none.
         """
         if zero_stage not in (0, 1):
             raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
         params = [p for p in self.parameters() if p.requires_grad]
+        if muon_learning_rate is not None:
+            if zero_stage == 1:
+                raise ValueError("Muon's state cannot be sharded: set zero_stage to 0")
+            if not hasattr(torch.optim, "Muon"):
+                raise ValueError(f"Muon needs torch 2.9 or later, and this is {torch.__version__}: use AdamW")
+            matrices = [p for p in self.h.parameters() if p.requires_grad and p.dim() == 2]
+            params = [p for p in params if all(p is not m for m in matrices)]
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
             {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
@@ -450,7 +506,16 @@ class LanguageModel(nn.Module):
             return ZeroRedundancyOptimizer(
                 groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, betas=betas, fused=fused
             )
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        if muon_learning_rate is None:
+            return adamw
+        muon = torch.optim.Muon(
+            [{"params": matrices, "lr_factor": muon_learning_rate / learning_rate}],
+            lr=muon_learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",  # an update's size does not hang on the matrix's shape
+        )
+        return MuonAndAdamW(muon, adamw)
 
     @classmethod
     def from_run_info(cls, run_info):

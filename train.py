@@ -66,7 +66,7 @@ class Config:
     learning_rate: float = key("the peak, reached at update warmup_iters", above=0)
     warmup_iters: int = key("updates of linear warm-up; a cosine follows, to num_iterations", low=0)
     learning_rate_decay_frac: float = key("the last update's learning rate as a fraction of the peak", low=0, high=1)
-    weight_decay: float = key("AdamW's, on tensors of two dimensions and more", low=0)
+    weight_decay: float = key("the optimizer's, on tensors of two dimensions and more", low=0)
     grad_clip: float | None = key("greatest gradient norm; null: no clipping", above=0)
     val_loss_every: int = key("updates between validations; 0: none", low=0)
     val_max_steps: int = key("most batches of batch_size windows in a validation", low=1)
@@ -76,6 +76,8 @@ class Config:
     checkpoint_every: int = key("keep weights every so many updates too; 0: do not", 0, low=0)
     keep_optimizer: bool = key("beside model_step_N.pt, keep the optimizer's state: optim_step_N.pt", False)
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
+    optimizer: Literal["adamw", "muon"] = key("muon: Muon for the matrices inside blocks, AdamW for the rest", "adamw")
+    muon_learning_rate: float | None = key("the peak of Muon's; null: 0.01", None, above=0)
     train_log_every: int = key("updates between lines on the console", 100, low=1)
     micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
     init_seed: int = key("of the initial weights", 42, low=0, high=2**62)
@@ -127,6 +129,12 @@ def load_config(path, overrides=()) -> Config:
         raise UserError(f"checkpoint_steps has {beyond[0]}, but the run goes from 0 to {config.num_iterations}")
     if config.zero_stage > 1:
         raise UserError(f"zero_stage {config.zero_stage} is not supported: use 0, or 1 to shard the optimizer's state")
+    if config.optimizer != "muon" and config.muon_learning_rate:
+        raise UserError(f"muon_learning_rate is {config.muon_learning_rate}, but optimizer is not muon: leave it out")
+    if config.optimizer == "muon" and config.zero_stage:
+        raise UserError("optimizer muon keeps its state whole: zero_stage must be 0, or the optimizer adamw")
+    if config.optimizer == "muon" and not hasattr(torch.optim, "Muon"):
+        raise UserError(f"optimizer muon needs torch 2.9 or later, and this is {torch.__version__}: use adamw")
     return config
 
 
@@ -364,6 +372,7 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
 # the run
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
+MUON_LEARNING_RATE = 0.01  # the default
 # seconds that W&B may keep a run waiting, unless the environment says otherwise; its own: 90, and at the end any time
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
@@ -474,7 +483,9 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     if state:
         raw_model.load_state_dict(state["model"])
     raw_model.to(device)
-    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, (0.9, 0.95), device.type, c.zero_stage)
+    muon = (c.muon_learning_rate or MUON_LEARNING_RATE) if c.optimizer == "muon" else None
+    betas = 0.9, 0.95
+    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device.type, c.zero_stage, muon)
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -750,7 +761,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         batch = reader.submit(read_update, s + 1)
         lr = learning_rate_at(s, c)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         loss = torch.zeros((), device=device)
         for i in range(n_micro):
             part = slice(i * micro, (i + 1) * micro)

@@ -1,7 +1,7 @@
-"""Measure: python tests/bench.py [prepare|loader|loop|start] ...
+"""Measure: python tests/bench.py [step|memory|loop|loader|prepare|start] ...
 
 Every figure is a ratio of medians from interleaved rounds in one run, since machines are noisy. `prepare` generates its
-own text, so the rates are those of that text on this machine.
+own text, so the rates are those of that text on this machine. `step` and `memory` take a model from BENCH_CONFIG.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ import prepare_data
 import train
 from models import MODEL_CLASSES
 
-ROUNDS, MEGABYTES = 3, 60
+ROUNDS, MEGABYTES, STEP_ROUNDS = 3, 60, 9
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
@@ -49,8 +49,8 @@ def seconds(action) -> float:
     return time.perf_counter() - began
 
 
-def table(title: str, rows: list[tuple[str, str, str]]) -> None:
-    print(f"\n{title}\n{machine()}, medians of {ROUNDS} interleaved rounds\n")
+def table(title: str, rows: list[tuple[str, str, str]], rounds: int = ROUNDS) -> None:
+    print(f"\n{title}\n{machine()}, medians of {rounds} interleaved rounds\n")
     for row in [("", "rate", "ratio"), *rows]:
         print(f"  {row[0]:<52}{row[1]:>18}{row[2]:>8}")
 
@@ -154,6 +154,144 @@ def bench_loader(folder: Path) -> None:
     rows = [(f"{n:,} shards", f"{1000 * t:.1f} ms", f"{t / medians[3]:.2f}") for n, t in medians.items()]
     table("a batch of 1,024 windows of 513 tokens, order included", rows)
 
+
+# -----------------------------------------------------------------------------
+# one training step
+
+BENCH_CONFIG = os.environ.get("BENCH_CONFIG", "configs/ss_llama_simple_mlp-2L-128.yaml")
+
+
+def training_step(name: str, changes: list[str], sequences: int):
+    """A function that makes one update of the model `name`; "... compiled" is under torch.compile.
+
+    All have BENCH_CONFIG's shape with `changes`, clipping and fused AdamW; float32 on a CPU, bfloat16 on a GPU. A
+    SwiGLU has three matrices where a GELU MLP has two, so transformers' Llama gets 2/3 of its width.
+    """
+    c = train.load_config(ROOT / BENCH_CONFIG, changes).model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.randint(0, c.vocab_size, (sequences, c.block_size), device=device)
+    if name.startswith("models.py"):
+        model = MODEL_CLASSES[c.model_type](c)
+        keep = "logits kept" in name
+
+        def loss_of(f):
+            return f(x, x, return_logits=keep)[1]
+    else:
+        import transformers
+
+        if "Llama" in name:
+            shape = {
+                "hidden_size": c.n_embd,
+                "intermediate_size": 2 * c.n_intermediate // 3,
+                "num_hidden_layers": c.n_layer,
+            }
+            shape |= {"num_attention_heads": c.n_head, "num_key_value_heads": c.n_key_value_heads}
+            shape |= {"max_position_embeddings": c.block_size, "tie_word_embeddings": True}
+            model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=c.vocab_size, **shape))
+        else:
+            shape = {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
+            shape |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "n_inner": c.n_intermediate}
+            model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=c.vocab_size, **shape))
+        model.config.use_cache = False
+
+        def loss_of(f):
+            return f(input_ids=x, labels=x).loss
+
+    model.to(device)
+    forward = torch.compile(model, dynamic=False) if name.endswith("compiled") else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_of(forward)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return step, model, c
+
+
+def bare_products(model, c, sequences: int):
+    """The step's matrix products alone, into memory that is there already: forward, and twice that backward."""
+    device = next(model.parameters()).device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    N, T, heads = sequences * c.block_size, c.block_size, sequences * c.n_head
+    sizes = [(1, N, m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    sizes += c.n_layer * [(heads, T, c.n_embd // c.n_head, T), (heads, T, T, c.n_embd // c.n_head)]
+    tensors = {}
+
+    def tensor(*shape):
+        return tensors.setdefault(shape, torch.randn(shape, device=device, dtype=dtype))
+
+    def step():
+        for n, rows, inner, columns in sizes:
+            a, b, ab = tensor(n, rows, inner), tensor(n, inner, columns), tensor(n, rows, columns)
+            torch.bmm(a, b, out=ab)
+            torch.bmm(ab, b.mT, out=a)
+            torch.bmm(a.mT, ab, out=b)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step()
+    return step
+
+
+def bench_step(_) -> None:
+    """Tokens a second of forward, backward, clipping and AdamW."""
+    names = ["models.py, compiled", "models.py", "transformers' LlamaForCausalLM", "transformers' GPT2LMHeadModel"]
+    names.insert(3, "transformers' LlamaForCausalLM, compiled")
+    sequences, steps = int(os.environ.get("BENCH_SEQUENCES", 16)), {}
+    for name in names:
+        with contextlib.suppress(ImportError):
+            steps[name], *built = training_step(name, [], sequences)
+            if name == "models.py":
+                steps["the step's matrix products alone"] = bare_products(*built, sequences)
+    times = {name: [] for name in steps}
+    for i in range(STEP_ROUNDS + 2):
+        for name, step in steps.items():
+            took = seconds(step)
+            if i > 1:  # the first ones compile and fill the allocator
+                times[name].append(took)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    c, first = built[-1], medians[names[0]]
+    tokens = sequences * c.block_size
+    rows = [(name, f"{tokens / t:,.0f} tok/s", f"{first / t:.2f}") for name, t in medians.items()]
+    table(f"a step of {BENCH_CONFIG}, {sequences} sequences of {c.block_size}", rows, STEP_ROUNDS)
+
+
+def peak_of(name: str, changes: list[str], sequences: int) -> tuple[float, float]:
+    """(peak memory of a step in MB, its seconds), in a process of its own."""
+    step, *_ = training_step(name, changes, sequences)
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is now what is in use now
+    took = min(seconds(step) for _ in range(2))
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e6, took
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1e3, took
+
+
+def bench_memory(_) -> None:
+    """Peak memory of a step with a vocabulary of 50,277, all of the process (on a GPU: all that is allocated)."""
+    sequences, changes = 8, ["model.vocab_size=50277"]
+    names = ["models.py", "models.py, logits kept", "transformers' LlamaForCausalLM"]
+    names += [names[0] + ", compiled", names[1] + ", compiled"]
+    rows, first = [], None
+    for name in names:
+        with multiprocessing.get_context("spawn").Pool(1) as pool, contextlib.suppress(ImportError):
+            megabytes, took = pool.apply(peak_of, (name, changes, sequences))
+            first = first or megabytes
+            rows.append((name, f"{megabytes:,.0f} MB {took:6.2f} s", f"{megabytes / first:.2f}"))
+    table(f"peak memory of a step of {BENCH_CONFIG}, {' '.join(changes)}, {sequences} sequences", rows, 1)
+
+
+# -----------------------------------------------------------------------------
+# train.py
 
 LOOP_UPDATES = 60
 
@@ -265,21 +403,23 @@ def bench_start(folder: Path) -> None:
     table("the start", rows)
 
 
-BENCHMARKS = {"loader": bench_loader, "loop": bench_loop, "start": bench_start}
+def bench_prepares(folder: Path) -> None:
+    """bench_prepare with each of BENCH_TOKENIZERS."""
+    for i, tokenizer in enumerate(os.environ.get("BENCH_TOKENIZERS", "gpt2").split(",")):
+        (folder / str(i)).mkdir()
+        bench_prepare(folder / str(i), tokenizer, os.cpu_count())
+
+
+BENCHMARKS = {"step": bench_step, "memory": bench_memory, "loop": bench_loop}
+BENCHMARKS |= {"loader": bench_loader, "prepare": bench_prepares, "start": bench_start}
 
 
 def main() -> None:
-    what = sys.argv[1:] or ["prepare", *BENCHMARKS]
-    for name in what:
+    for name in sys.argv[1:] or BENCHMARKS:
+        if name not in BENCHMARKS:
+            sys.exit(f"bench: no benchmark {name!r}; there are {', '.join(BENCHMARKS)}")
         with tempfile.TemporaryDirectory() as folder:
-            if name == "prepare":
-                for tokenizer in os.environ.get("BENCH_TOKENIZERS", "gpt2").split(","):
-                    with tempfile.TemporaryDirectory() as inner:
-                        bench_prepare(Path(inner), tokenizer, os.cpu_count())
-            elif name in BENCHMARKS:
-                BENCHMARKS[name](Path(folder))
-            else:
-                sys.exit(f"bench: no benchmark {name!r}; there are prepare, {', '.join(BENCHMARKS)}")
+            BENCHMARKS[name](Path(folder))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,296 @@
+"""What makes it fast changes nothing else: the loss in pieces, and Muon."""
+
+import copy
+import json
+import math
+import pickle
+
+import pytest
+import torch
+import yaml
+from helpers import ROOT, run, stories, words_json
+from test_models import ALL, BLOCK, C, V, close, make, tokens
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import models
+import train
+
+five = pytest.mark.parametrize("name", ALL)
+
+
+def batch(ignored=5, B=3):
+    """Inputs and targets as slices, the first `ignored` targets -1."""
+    both = tokens(BLOCK + 1, B=B)
+    x, y = both[:, :-1], both[:, 1:].clone()
+    y.view(-1)[:ignored] = -1
+    return x, y
+
+
+def loss_and_gradients(model, x, y, call=None, **options):
+    model.zero_grad()
+    loss = (model if call is None else call)(x, y, **options)[1]
+    loss.backward()
+    return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+class Largest(TorchDispatchMode):
+    """The most elements that a tensor made within it has."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else [out]
+        self.elements = max([self.elements, *(t.numel() for t in made if isinstance(t, torch.Tensor))])
+        return out
+
+
+# -----------------------------------------------------------------------------
+# the loss in pieces
+
+
+@pytest.mark.parametrize("ignored", [0, 5, 3 * BLOCK - 1, 3 * BLOCK])
+@five
+def test_loss_and_gradients_are_the_plain_ones(name, ignored):
+    model, (x, y) = make(name), batch(ignored)
+    plain, pieces = (loss_and_gradients(model, x, y, return_logits=keep) for keep in (True, False))
+    torch.testing.assert_close(pieces, plain, rtol=1e-5, atol=1e-6, equal_nan=True)  # none left: nan, as always
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, y, return_logits=False)[1], plain[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_logits_of_all_positions_are_never_there(grad):
+    model, (x, y) = make("LlamaSimpleMLP", vocab_size=4000), batch(B=16)
+    everything = y.numel() * 4000
+    for keep in (True, False):
+        with torch.set_grad_enabled(grad), Largest() as seen:
+            loss = model(x, y, return_logits=keep)[1]
+            if grad:
+                loss.backward()
+        assert seen.elements == everything if keep else seen.elements <= everything // 4, keep
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_under_autocast(dtype):
+    """float16 with a loss scaled as GradScaler does: gradients of the logits do not vanish."""
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    _, want = loss_and_gradients(model, x, y, return_logits=False)
+
+    def scaled(x, y, **options):
+        with torch.autocast("cpu", dtype):
+            loss = model(x, y, **options)[1]
+        assert loss.dtype == torch.float32
+        return None, loss * 2.0**10
+
+    for keep in (True, False):
+        _, got = loss_and_gradients(model, x, y, scaled, return_logits=keep)
+        for key, g in got.items():
+            assert (g / 2**10 - want[key]).norm() < 0.05 * want[key].norm(), (key, keep)
+
+
+def test_gradients_of_unlikely_tokens_do_not_vanish_in_float16():
+    """A mean over many rows makes them smaller than float16's smallest number."""
+    rng = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(512, C, generator=rng) * 3, torch.randn(V, C, generator=rng)
+    weight.requires_grad_()
+    targets = torch.zeros(512, dtype=torch.int64)
+    hidden[:, 0], weight.data[0, 0] = 20.0, 20.0  # every target is all but certain
+    with torch.autocast("cpu", torch.float16):
+        models.LossInPieces.apply(hidden, weight, targets)[0].backward()
+    got, weight.grad = weight.grad.clone(), None
+    models.LossInPieces.apply(hidden, weight, targets)[0].backward()
+    assert got.isfinite().all() and got.dtype == torch.float32 and weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("frozen", ["lm_head", "trunk"])
+def test_frozen_parts(frozen):
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    model.requires_grad_(frozen == "lm_head")
+    model.lm_head.requires_grad_(frozen != "lm_head")
+    plain, pieces = (loss_and_gradients(model, x, y, return_logits=keep) for keep in (True, False))
+    torch.testing.assert_close(pieces, plain, rtol=1e-5, atol=1e-6)
+    assert ("wte.weight" in pieces[1]) == (frozen == "trunk") and pieces[1]
+
+
+def test_twice_and_copies():
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    _, once = loss_and_gradients(model, x, y, return_logits=False)
+    losses = [model(x, y, return_logits=False)[1] for _ in range(2)]
+    model.zero_grad()
+    losses[0].backward(retain_graph=True)
+    losses[0].backward()
+    losses[1].backward()
+    close({k: p.grad for k, p in model.named_parameters()}, {k: 3 * g for k, g in once.items()})
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        close(loss_and_gradients(twin, x, y, return_logits=False)[1], once)
+
+
+def test_second_derivatives_and_function_transforms():
+    model, (x, y) = make("LlamaSimpleMLP", flash_attention=False), batch()
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+
+    def penalty(keep):
+        gradients = torch.autograd.grad(model(x, y, return_logits=keep)[1], list(model.parameters()), create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in gradients), list(model.parameters()))
+
+    def per_sample(keep):
+        def loss(w, a, b):
+            return torch.func.functional_call(model, w, (a[None], b[None]), {"return_logits": keep})[1]
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, *batch(0))
+
+    for result in (penalty, per_sample):
+        torch.testing.assert_close(result(False), result(True), rtol=1e-4, atol=1e-5)
+
+
+def test_whoever_changes_the_unembedding_is_heard():
+    model, (x, y), seen = make("LlamaSimpleMLP"), batch(), []
+    want = model(x, y, return_logits=False)[1]
+    for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
+        handle = getattr(model.lm_head, f"register_{register}")(lambda *_, r=register: seen.append(r))
+        model(x, y, return_logits=False)[1].backward()
+        handle.remove()
+        assert seen.pop() == register and not seen
+    handle = model.lm_head.register_forward_hook(lambda m, args, out: torch.zeros_like(out))
+    close(model(x, y, return_logits=False)[1], torch.tensor(math.log(V)))
+    handle.remove()
+    close(model(x, y, return_logits=False)[1], want)
+    torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    close(model(x, y, return_logits=False)[1], want)
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(C, V))  # no weight of its own
+    close(model(x, y, return_logits=False)[1], model(x, y)[1])
+
+
+def test_a_padded_vocabulary_computes_the_same(monkeypatch):
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    want = loss_and_gradients(model, x, y, return_logits=False)
+    monkeypatch.setitem(models.VOCAB_MULTIPLE, "cpu", 64)
+    with Largest() as seen:
+        got = loss_and_gradients(model, x, y, return_logits=False)
+    close(got, want)
+    assert seen.elements >= 12 * 64  # a piece of the 48 rows, 64 wide
+
+
+@pytest.mark.parametrize("bad", [V, -2])
+def test_targets_that_do_not_exist(bad):
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    y[0, 7] = bad
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        model(x, y, return_logits=False)
+
+
+def test_compiled_whole_and_once():
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    want = loss_and_gradients(model, x, y, return_logits=False)
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+    for _ in range(3):
+        close(loss_and_gradients(model, x, y, compiled, return_logits=False), want)
+        with torch.no_grad():
+            close(compiled(x, y, return_logits=False)[1], want[0])
+    assert len(graphs) == 2  # one to train, one to validate
+
+
+# -----------------------------------------------------------------------------
+# Muon
+
+
+def muon_of(model):
+    return model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", 0, 0.02)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+@five
+def test_muon_has_the_matrices_of_blocks_and_adamw_the_rest(name):
+    model = make(name)
+    optimizer = muon_of(model)
+    ours = {id(p) for g in optimizer.muon.param_groups for p in g["params"]}
+    assert ours == {id(p) for p in model.h.parameters() if p.dim() == 2}
+    rest = {id(p) for g in optimizer.adamw.param_groups for p in g["params"]}
+    assert rest == {id(p) for p in model.parameters()} - ours
+    before, (x, y) = copy.deepcopy(model.state_dict()), batch()
+    loss_and_gradients(model, x, y, return_logits=False)
+    model.h[1].attn.get_parameter(next(k for k, _ in model.h[1].attn.named_parameters())).grad.fill_(math.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(p, before[k]) for k, p in model.state_dict().items())
+    with pytest.raises(ValueError, match="zero_stage to 0"):
+        model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", 1, 0.02)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A folder with a config and its shards."""
+    folder = tmp_path_factory.mktemp("muon")
+    documents = stories(120)
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in documents))
+    (folder / "tiny.json").write_text(words_json(documents[:50]))
+    model = {"model_type": "LlamaSimpleMLP", "block_size": 8, "n_ctx": 8, "vocab_size": 64, "n_layer": 2, "n_head": 2}
+    model |= {"n_embd": 16, "n_intermediate": 32, "n_key_value_heads": 1, "rotary_dim": 8}
+    section = {"name": "docs.jsonl", "hf_tokenizer_path": "tiny.json", "n_ctx": 9, "path": "data"}
+    config = {"model": model, "train_dataset_config": section | {"split": "train[:80%]"}}
+    config |= {"val_dataset_config": section | {"split": "train[80%:]"}, "batch_size": 4, "num_iterations": 12}
+    config |= {"warmup_iters": 2, "learning_rate": 1e-3, "learning_rate_decay_frac": 0.1, "weight_decay": 0.1}
+    config |= {"grad_clip": 1.0, "val_loss_every": 4, "val_max_steps": 2, "sample_every": 0, "compile": False}
+    config |= {"intermediate_checkpoints": True, "dtype": "float32", "device": "cpu", "optimizer": "muon"}
+    (folder / "x.yaml").write_text(yaml.safe_dump(config))
+    assert run("prepare_data.py", "x.yaml", cwd=folder).returncode == 0
+    return folder
+
+
+def train_it(lab, name, *overrides):
+    done = run("train.py", "x.yaml", f"run_dir={name}", *overrides, cwd=lab)
+    assert done.returncode == 0, done.stderr
+    return lab / name
+
+
+def last_weights(folder):
+    return torch.load(folder / "checkpoints" / "model_step_12.pt", weights_only=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_muon_learns_and_resumes_to_the_bit(lab):
+    whole = train_it(lab, "whole", "resume_every=5")
+    metrics = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    losses = [m["val_loss"] for m in metrics if "val_loss" in m]
+    assert losses[-1] < losses[0] - 0.05
+    want = last_weights(whole)
+    (whole / "resume.previous.pt").replace(whole / "resume.pt")  # as if it had been killed after update 10
+    (whole / "checkpoints" / "model_step_12.pt").unlink()
+    (whole / "status").write_text("running\n")
+    assert torch.load(whole / "resume.pt", weights_only=True)["step"] == 10
+    got = last_weights(train_it(lab, "whole", "resume_every=5"))
+    assert all(torch.equal(want[k], got[k]) for k in want)
+
+
+def test_muon_follows_the_schedule_at_a_rate_of_its_own():
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    optimizer = muon_of(model)
+    assert {(g["lr"], g.get("lr_factor")) for g in optimizer.param_groups} == {(0.02, 20.0), (1e-3, None)}
+    loss_and_gradients(model, x, y, return_logits=False)
+    optimizer.step()
+    again = muon_of(make("LlamaSimpleMLP"))
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert again.param_groups[0]["lr_factor"] == 20.0 and len(again.state_dict()["muon"]["state"]) > 0
+
+
+@pytest.mark.parametrize(
+    "overrides, says",
+    [
+        (["zero_stage=1"], "optimizer muon keeps its state whole: zero_stage must be 0"),
+        (["optimizer=adamw", "muon_learning_rate=0.01"], "optimizer is not muon: leave it out"),
+        (["muon_learning_rate=0"], "muon_learning_rate"),
+        (["optimizer=sgd"], "optimizer"),
+    ],
+    ids=str,
+)
+def test_what_muon_is_not(overrides, says):
+    with pytest.raises(train.UserError, match=says):
+        train.load_config(ROOT / "configs" / "quickstart.yaml", ["optimizer=muon", *overrides])

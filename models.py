@@ -8,6 +8,7 @@ names (goodfire-ai/spd, spd/pretrain/models), so weights move between the two wi
     logits, loss = model(idx, targets)  # (B, T) int64 each -> (B, T, V), mean cross-entropy in nats
 """
 
+import contextlib
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -15,6 +16,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 # -----------------------------------------------------------------------------
 # configs: SPD's fields, in SPD's order, with SPD's defaults
@@ -331,6 +333,13 @@ class LossInPieces(torch.autograd.Function):
 # Muon
 
 
+class Float32ForBfloat16(TorchFunctionMode):
+    """Within it x.bfloat16() is x.float()."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return (torch.Tensor.float if func is torch.Tensor.bfloat16 else func)(*args, **(kwargs or {}))
+
+
 class MuonAndAdamW:
     """Both as one optimizer. `lr_factor` in Muon's group: its learning rate over AdamW's, whatever the schedule."""
 
@@ -346,7 +355,9 @@ class MuonAndAdamW:
     def step(self) -> None:
         params = [p for group in self.muon.param_groups for p in group["params"]]
         before = [p.clone() for p in params] if self.found_inf is not None else params
-        self.muon.step()
+        # Muon orthogonalises in bfloat16: 17 times the time of float32 on a CPU without bfloat16 units
+        with Float32ForBfloat16() if params[0].device.type == "cpu" else contextlib.nullcontext():
+            self.muon.step()
         for p, old in zip(params, before, strict=True):
             if self.found_inf is not None:
                 p.copy_(torch.where(self.found_inf > 0, old, p))  # Muon has no such flag; to ask for it would wait
@@ -436,6 +447,11 @@ class LanguageModel(nn.Module):
         head = self.lm_head
         hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
         return type(head) is nn.Linear and head.bias is None and not any(hooks)
+
+    def flops_per_token(self) -> int:
+        """Of a training step: 6 a weight that is multiplied by, and attention's products as if it saw the future."""
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
     def check_ids(self, idx) -> None:
         """Raise ValueError if idx (any shape, int64) holds a token id outside the vocabulary."""

@@ -368,6 +368,18 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
     return about, diff
 
 
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops a second of the device's products of large square matrices: what MFU is a fraction of."""
+    n, times = 8192 if device.type == "cuda" else 512, []
+    a = torch.randn(n, n, device=device, dtype=dtype, generator=torch.Generator(device).manual_seed(0))
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ a
+        torch.get_device_module(device).synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times)
+
+
 # -----------------------------------------------------------------------------
 # the run
 
@@ -518,6 +530,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             print(text, flush=True)
             print(text, file=log_file)
 
+    peak = world * matrix_rate(device, getattr(torch, c.dtype)) / raw_model.flops_per_token()  # tokens a second
+
     updates = 0 if c.inference_only else c.num_iterations
     tokens, epochs = updates * c.batch_size * T, updates * c.batch_size / n_windows
     n_params = sum(p.numel() for p in raw_model.parameters())
@@ -664,7 +678,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                 )
             if rank == 0:
                 line = {"step": s, "train_loss": loss, "lr": lr, "grad_norm": norm, "tokens": s * c.batch_size * T}
-                record(line | {"tokens_per_s": round(rate, 1)})
+                record(line | {"tokens_per_s": round(rate, 1), "mfu": round(rate / peak, 4)})
         pending.clear()
         seconds, timed = 0.0, 0
 

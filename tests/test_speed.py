@@ -294,3 +294,24 @@ def test_muon_follows_the_schedule_at_a_rate_of_its_own():
 def test_what_muon_is_not(overrides, says):
     with pytest.raises(train.UserError, match=says):
         train.load_config(ROOT / "configs" / "quickstart.yaml", ["optimizer=muon", *overrides])
+
+
+# -----------------------------------------------------------------------------
+# MFU
+
+
+def test_mfu_is_of_the_flops_that_are_counted(lab):
+    folder = train_it(lab, "mfu", "optimizer=adamw")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    updates = [m for m in lines if "train_loss" in m]
+    fastest = max(updates, key=lambda m: m["mfu"])
+    assert 0 < fastest["mfu"] < 1
+    for m in updates:  # a fraction of one rate, measured once
+        assert m["mfu"] == pytest.approx(fastest["mfu"] * m["tokens_per_s"] / fastest["tokens_per_s"], abs=2e-4)
+    model = make("LlamaSimpleMLP")  # wte is looked up, not multiplied by
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counted:
+        logits, loss = model(*batch())
+        loss.backward()
+    attention = 12 * 2 * C * BLOCK  # two layers
+    plain = counted.get_total_flops() / (3 * BLOCK)
+    assert model.flops_per_token() - attention <= plain <= model.flops_per_token() * 1.1

@@ -224,7 +224,7 @@ def base2(lab):
 def metrics(folder: Path) -> list[dict]:
     """The lines of metrics.jsonl, times aside."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in m.items() if k != "tokens_per_s"} for m in lines]
+    return [{k: v for k, v in m.items() if k not in ("tokens_per_s", "mfu")} for m in lines]
 
 
 def series(folder: Path, name: str) -> dict[int, float]:

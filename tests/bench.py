@@ -29,7 +29,7 @@ import prepare_data
 import train
 from models import MODEL_CLASSES
 
-ROUNDS, MEGABYTES, STEP_ROUNDS = 3, 60, 9
+ROUNDS, MEGABYTES, STEP_ROUNDS = 3, 60, 7
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
@@ -190,7 +190,14 @@ def training_step(name: str, changes: list[str], sequences: int):
             model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=c.vocab_size, **shape))
         else:
             shape = {"n_positions": c.block_size, "n_embd": c.n_embd, "n_layer": c.n_layer, "n_head": c.n_head}
-            shape |= {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0, "n_inner": c.n_intermediate}
+            shape |= {
+                "resid_pdrop": 0,
+                "embd_pdrop": 0,
+                "attn_pdrop": 0,
+                "n_inner": c.n_intermediate,
+                "bos_token_id": 0,
+                "eos_token_id": 0,
+            }
             model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=c.vocab_size, **shape))
         model.config.use_cache = False
 

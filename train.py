@@ -77,7 +77,7 @@ class Config:
     keep_optimizer: bool = key("beside model_step_N.pt, keep the optimizer's state: optim_step_N.pt", False)
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
     optimizer: Literal["adamw", "muon"] = key("muon: Muon for the matrices inside blocks, AdamW for the rest", "adamw")
-    muon_learning_rate: float | None = key("the peak of Muon's; null: 0.01", None, above=0)
+    muon_learning_rate: float | None = key("the peak of Muon's; null: 0.005", None, above=0)
     train_log_every: int = key("updates between lines on the console", 100, low=1)
     micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
     init_seed: int = key("of the initial weights", 42, low=0, high=2**62)
@@ -384,7 +384,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 # the run
 
 SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
-MUON_LEARNING_RATE = 0.01  # the default
+MUON_LEARNING_RATE = 0.005  # the default
 # seconds that W&B may keep a run waiting, unless the environment says otherwise; its own: 90, and at the end any time
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)

@@ -406,7 +406,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if again or not looping:
             if rank == 0:
                 print("train: stopped by a signal; what was saved before is kept", file=sys.stderr, flush=True)
-                if folder and (folder / "status").exists():
+                if folder and (folder / "status").exists() and (folder / "status").read_text() == "running\n":
                     write_text(folder / "status", "interrupted\n")
             os._exit(INTERRUPTED)
 

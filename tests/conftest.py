@@ -15,3 +15,8 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def pytest_collection_modifyitems(items):
+    """The slowest file first: two processes take a file each, and what comes last would run alone."""
+    items.sort(key=lambda item: item.path.name != "test_slurm.py")

@@ -98,7 +98,7 @@ def by_hand(lab, folder: Path, step: int) -> dict:
     for s in range(step + 1, N + 1):
         order = prepare_data.window_order(np.arange((s - 1) * B, s * B), len(data) // (T + 1), 0)
         for row in windows(data, order)[:, None]:
-            (model(row[:, :-1], row[:, 1:])[1] / B).backward()
+            (model(row[:, :-1], row[:, 1:], return_logits=False)[1] / B).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), BASE["grad_clip"])
         for group in optimizer.param_groups:
             group["lr"] = rates[s]

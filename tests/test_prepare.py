@@ -437,7 +437,7 @@ def test_killed_again_and_again(slow):
 
 
 def test_ctrl_c(slow):
-    started, stderr = interrupted(slow, "ctrl_c", signal.SIGINT, 3)
+    started, stderr = interrupted(slow, "ctrl_c", signal.SIGINT, 1)
     assert started.returncode > 0 and "Traceback" not in stderr
     assert len(stderr.split("\n")) <= 3 and len(stderr.strip().split("\n")) == 1, stderr
     resumed(slow, "ctrl_c")

@@ -371,7 +371,7 @@ def reference(lab, rates, batch_size=B, init_seed=42, seed=0, shuffle_each_epoch
     for s, rate in enumerate(rates, 1):
         positions = np.arange((s - 1) * batch_size, s * batch_size)
         batch = windows(data, prepare_data.window_order(positions, len(data) // (T + 1), seed, shuffle_each_epoch))
-        loss = model(batch[:, :-1], batch[:, 1:])[1]
+        loss = model(batch[:, :-1], batch[:, 1:], return_logits=False)[1]
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), BASE["grad_clip"]).item())
         losses.append(loss.item())
@@ -1048,7 +1048,7 @@ def wandb_records(path: Path):
 
 
 OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-LOGGED = {"train_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "val_loss", "bits_per_byte"}
+LOGGED = {"train_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "val_loss", "bits_per_byte"}
 
 
 def values(items) -> dict:

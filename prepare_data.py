@@ -313,30 +313,45 @@ def load_encoder(name: str) -> TextEncoder:
 
 def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
     """A tokenizer from the bytes of its tokenizer.json; `eos` is tokenizer_config.json's eos_token, if there is one."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours, a batch of documents each
-    import tokenizers
-
     try:
-        tok = tokenizers.Tokenizer.from_str(data.decode())
-        words = without_special_words(data)
-        reader = tokenizers.Tokenizer.from_str(words) if words else tok
+        tok, reader = text_tokenizers(data)
     except Exception as e:
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
-    reader.no_truncation()
-    reader.no_padding()
-    reader.encode_special_tokens = True  # '[EOS]' in a document is text
-    names = [eos["content"] if isinstance(eos, dict) else eos] if eos else EOS_NAMES
-    found = [i for i in map(tok.token_to_id, names) if i is not None]
-    if not found:
-        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
 
     def encode_batch(texts):
         return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return TextEncoder(name, lambda: data, max(tok.get_vocab().values()) + 1, found[0], encode_batch, tok.decode_batch)
+    vocab_size, eos_token_id = max(tok.get_vocab().values()) + 1, find_eos(tok, name, eos)
+    return TextEncoder(name, lambda: data, vocab_size, eos_token_id, encode_batch, tok.decode_batch)
 
 
-def without_special_words(data: bytes) -> str | None:
+def find_eos(tok, name: str, eos=None) -> int:
+    """The id that ends a document: that of `eos`, if it is given, or of the first of EOS_NAMES that `tok` knows."""
+    names = [eos["content"] if isinstance(eos, dict) else eos] if eos else EOS_NAMES
+    found = [i for i in map(tok.token_to_id, names) if i is not None]
+    if not found:
+        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
+    return found[0]
+
+
+def text_tokenizers(data: bytes):
+    """Two tokenizers.Tokenizer of a tokenizer.json: one that decodes, and one, the same for a BPE, that encodes.
+
+    Nothing is cut, padded or added, and no special token is read out of text.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours, a batch of documents each
+    from tokenizers import Tokenizer
+
+    data = json.dumps(json.loads(data) | {"truncation": None, "padding": None, "post_processor": None})
+    words = without_special_words(data)
+    decoder = Tokenizer.from_str(data)
+    encoder = Tokenizer.from_str(words) if words else decoder
+    for tok in (decoder, encoder):
+        tok.encode_special_tokens = True  # '[EOS]' in a document is text
+    return decoder, encoder
+
+
+def without_special_words(data: str) -> str | None:
     """A tokenizer.json whose model cannot find a special token in text, as WordLevel and Unigram can: '</s>' is a word
     of their vocabulary. Such words get a name that no text has. None if the model, a BPE, needs no such change."""
     tok = json.loads(data)
@@ -353,7 +368,6 @@ def without_special_words(data: bytes) -> str | None:
     else:
         model["vocab"] = [[hidden(word), score] for word, score in model["vocab"]]
     tok["added_tokens"] = [t for t in tok["added_tokens"] if not t["special"]]
-    tok["post_processor"] = None  # it may name them, and is not asked
     return json.dumps(tok)
 
 

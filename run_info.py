@@ -34,13 +34,13 @@ from prepare_data import (
     Shards,
     UserError,
     build,
-    json_encoder,
+    find_eos,
     load_encoder,
     read_config,
     sync_folder,
+    text_tokenizers,
     whole_file,
     window_order,
-    without_special_words,
     write_text,
 )
 
@@ -138,18 +138,13 @@ class PretrainRunInfo:
         It reads text as prepare_data does: nothing is cut, padded or added, and no special token is read out of text.
         Raises UserError if there is none, or one with ids outside the model's vocabulary.
         """
-        from tokenizers import Tokenizer
-
         if not (self.tokenizer_path or self.hf_tokenizer_path):
             raise UserError(f"{self.folder} has no tokenizer.json and its config names no hf_tokenizer_path")
         try:
             path = self.tokenizer_path
             data = path.read_bytes() if path else load_encoder(self.hf_tokenizer_path).json
-            data = json.dumps(json.loads(data) | {"truncation": None, "padding": None, "post_processor": None})
-            tok = Tokenizer.from_str(data)
-            tok.encode_special_tokens = True
-            if words := without_special_words(data.encode()):
-                reader = Tokenizer.from_str(words)
+            tok, reader = text_tokenizers(data)
+            if reader is not tok:
                 tok.encode, tok.encode_batch = reader.encode, reader.encode_batch
         except UserError:
             raise
@@ -498,17 +493,12 @@ def pretrained_model(cls, path):
     return info.load_model(cls), info.checkpoint_path
 
 
-def eos_token_id(info: PretrainRunInfo) -> int:
-    """The id that ends a document. Raises UserError if the tokenizer has none of the usual names for it."""
-    return json_encoder(f"of {info.folder}", info.load_tokenizer().to_str().encode()).eos_token_id
-
-
 def hf_tokenizer(info: PretrainRunInfo):
     """The run's tokenizer in Hugging Face's class, with the ids of training. Raises UserError if that cannot be."""
     from transformers import PreTrainedTokenizerFast
 
     tok = info.load_tokenizer()
-    eos = tok.id_to_token(eos_token_id(info))
+    eos = tok.id_to_token(find_eos(tok, f"of {info.folder}"))
     hf = PreTrainedTokenizerFast(
         tokenizer_object=tok,
         bos_token=eos,  # what stands before a document
@@ -706,7 +696,8 @@ def sample(info: PretrainRunInfo, prompt: str, n: int, temperature: float, top_k
     """n texts that begin with `prompt`, each as long as a document, or SAMPLE_TOKENS longer than the prompt."""
     import torch
 
-    tok, eos = info.load_tokenizer(), eos_token_id(info)
+    tok = info.load_tokenizer()
+    eos = find_eos(tok, f"of {info.folder}")
     idx = torch.tensor([tok.encode(prompt).ids or [eos]] * n)
     return tok.decode_batch(info.load_model().generate(idx, SAMPLE_TOKENS, temperature, top_k, eos).tolist())
 

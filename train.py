@@ -48,7 +48,7 @@ from prepare_data import (
     window_order,
     write_text,
 )
-from run_info import plot_losses, pretrained_model, read_metrics
+from run_info import SAMPLE_TOKENS, plot_losses, pretrained_model, read_metrics
 
 # -----------------------------------------------------------------------------
 # config
@@ -225,7 +225,7 @@ def check_folder(c: Config) -> None:
 
 
 def choose_folder(c: Config) -> Path:
-    """The run's folder: run_dir, if what is in it is this run, or else a new one named by the time."""
+    """The run's folder: run_dir, or else a new one named by the time."""
     if not c.run_dir:
         parent = parent_of_runs(c)
         name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -235,7 +235,6 @@ def choose_folder(c: Config) -> Path:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()  # two runs started in the same second do not share it
                 return folder
-    check_folder(c)
     folder = Path(c.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -355,10 +354,11 @@ def environment(data: list[Shards], world: int, device: torch.device) -> tuple[d
         except (OSError, subprocess.CalledProcessError):
             return None  # no git, or no repository: a copied folder will do
 
-    commit = git("rev-parse", "HEAD")
-    diff = git("diff", "--no-color", "--no-ext-diff", "--binary", "--src-prefix=a/", "--dst-prefix=b/", "HEAD") or b""
     if (snapshot := Path(__file__).parent.parent / "git_commit").exists():  # slurm_submit.sh's copy of the code
         commit, diff = snapshot.read_bytes() or None, snapshot.with_name("git.diff").read_bytes()
+    else:
+        plain = "--no-color", "--no-ext-diff", "--binary", "--src-prefix=a/", "--dst-prefix=b/"
+        commit, diff = git("rev-parse", "HEAD"), git("diff", *plain, "HEAD") or b""
     about = {"started": datetime.now().isoformat(timespec="seconds"), "command": sys.argv, "ranks": world}
     about |= {"git_commit": commit and commit.decode().strip(), "git_dirty": None if commit is None else bool(diff)}
     about |= {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__}
@@ -383,7 +383,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 # -----------------------------------------------------------------------------
 # the run
 
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 128, 0.8, 40
+SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
 MUON_LEARNING_RATE = 0.005  # the default
 # seconds that W&B may keep a run waiting, unless the environment says otherwise; its own: 90, and at the end any time
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
@@ -423,6 +423,13 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
 
     # ---- set-up: everything that can be wrong is found before anything is written
     c = load_config(config_path, overrides)
+    if c.run_dir:
+        check_folder(c)
+        status = Path(c.run_dir) / "status"
+        if not check and status.exists() and status.read_text() == "finished\n":
+            if rank == 0:
+                print(f"{c.run_dir} holds this run, finished: nothing to do")
+            leave(0)
     wants_gpu = (c.device or "cuda").startswith("cuda")  # where a check is made there may be none
     device = torch.device("cuda") if check and wants_gpu else choose_device(c.device, local_rank)
     if c.dtype == "float16" and device.type != "cuda":
@@ -472,20 +479,12 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if any(failures):
             raise UserError(max(failures))
     if check:
-        if c.run_dir:
-            check_folder(c)
         print(Path(c.run_dir) if c.run_dir else f"{parent_of_runs(c)}/")
         leave(0)
     chosen = [choose_folder(c) if rank == 0 else None]
     if world > 1:
         dist.broadcast_object_list(chosen)
     folder = chosen[0]
-    if (folder / "status").exists() and (folder / "status").read_text() == "finished\n":
-        if rank == 0:
-            print(f"{folder} holds this run, finished: nothing to do")
-        if world > 1:
-            dist.barrier()
-        leave(0)
     about, diff = environment([train_data, val_data], world, device)
     before = json.loads((folder / "environment.json").read_text()) if (folder / "environment.json").exists() else {}
     for path, digest in before.get("dataset_sha256", {}).items():

@@ -308,12 +308,12 @@ def quickstart(folder: Path) -> list[str]:
     paths = [f"{split}_dataset_config.path={folder / 'data'}" for split in ("train", "val")]
     subprocess.run([sys.executable, ROOT / "prepare_data.py", QUICKSTART, *paths], check=True, capture_output=True)
     quiet = "val_loss_every=0", "sample_every=0", "resume_every=0", "intermediate_checkpoints=false", "compile=false"
-    return [*paths, *quiet, "device=cpu", f"num_iterations={LOOP_UPDATES}", f"output_dir={folder / 'runs'}"]
+    return [*paths, *quiet, "device=cpu", f"num_iterations={LOOP_UPDATES}"]
 
 
-def trained(options: list[str], ranks: int = 1, **env) -> tuple[list[float], float]:
-    """Run train.py on the quick start: (times at which each update's line appeared, the tokens/s it reports last)."""
-    folder = Path(next(o for o in options if o.startswith("output_dir=")).partition("=")[2]) / f"{time.monotonic_ns()}"
+def trained(folder: Path, options: list[str], ranks: int = 1, **env) -> tuple[list[float], float]:
+    """A run of the quick start in `folder`: (times at which updates' lines appeared, the tokens/s it reports last)."""
+    folder = folder / f"run {time.monotonic_ns()}"
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -351,9 +351,11 @@ def bench_loop(folder: Path) -> None:
     for _ in range(ROUNDS):
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, as train.py has
             rates["bare"].append(pool.apply(bare_rate, (options,)))
-        rates["loop"].append(trained([*options, f"train_log_every={LOOP_UPDATES // 2}"])[1])
-        rates["ranks"].append(trained([*options, f"train_log_every={LOOP_UPDATES // 2}"], 2, OMP_NUM_THREADS="1")[1])
-        seen, _ = trained([*options, "train_log_every=1", "checkpoint_every=10", "keep_optimizer=true"])
+        rates["loop"].append(trained(folder, [*options, f"train_log_every={LOOP_UPDATES // 2}"])[1])
+        rates["ranks"].append(
+            trained(folder, [*options, f"train_log_every={LOOP_UPDATES // 2}"], 2, OMP_NUM_THREADS="1")[1]
+        )
+        seen, _ = trained(folder, [*options, "train_log_every=1", "checkpoint_every=10", "keep_optimizer=true"])
         took = np.diff(seen)  # took[i] is update i + 2's, with the saving after update i + 1
         checkpoint += took[9 : LOOP_UPDATES - 2 : 10].tolist()
         plain += np.delete(took, slice(9, None, 10)).tolist()
@@ -382,7 +384,7 @@ def bench_start(folder: Path) -> None:
 
     def first_update(*more: str, **env) -> float:
         began = time.monotonic()
-        return trained([*options, *more], **env)[0][0] - began
+        return trained(folder, [*options, *more], **env)[0][0] - began
 
     times = {name: [] for name in ("torch", "models", "run_info", "update", "compiled", "compiled again")}
     for i in range(ROUNDS):

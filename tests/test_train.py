@@ -182,9 +182,7 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the runs: sums in the same order
+def lab(tmp_path_factory, one_thread):  # as the runs have, so that sums are in the same order
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -192,7 +190,6 @@ def lab(tmp_path_factory):
         for name in ("SPD_OUT_DIR", "WANDB_MODE", "WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         yield Lab(tmp_path_factory.mktemp("lab"))
-    torch.set_num_threads(threads)
 
 
 def script(args, cwd, **env):

@@ -21,18 +21,21 @@ import hashlib
 import json
 import math
 import mmap
+import multiprocessing
 import os
 import re
 import resource
 import signal
 import sys
 import sysconfig
+import threading
 import time
 import types
 import typing
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -339,7 +342,7 @@ def text_tokenizers(data: bytes):
 
     Nothing is cut, padded or added, and no special token is read out of text.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the threads are ours, a batch of documents each
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are ours, a batch of documents each
     from tokenizers import Tokenizer
 
     data = json.dumps(json.loads(data) | {"truncation": None, "padding": None, "post_processor": None})
@@ -386,42 +389,22 @@ def gpt2_encoder() -> TextEncoder:
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
 
-    made = ThreadPoolExecutor(1).submit(gpt2_json, enc)  # takes most of a second: the encoding begins meanwhile
-    reader = functools.cache(lambda: json_encoder("gpt2", made.result()))
+    reader = functools.cache(lambda: json_encoder("gpt2", gpt2_json()))
 
     def decode_batch(ids):
         return reader().decode_batch(ids)
 
-    return TextEncoder("gpt2", made.result, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
+    return TextEncoder("gpt2", gpt2_json, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
 
 
-def gpt2_json(enc) -> bytes:
-    """A tokenizer.json that gives the ids of the tiktoken Encoding `enc`.
-
-    tiktoken keeps ranks of byte strings, Hugging Face keeps merges: the pair that makes a token is what is left when
-    its bytes have been merged by all lower ranks.
-    """
+def gpt2_json() -> bytes:
+    """The tokenizer.json of tiktoken's gpt2, made of the files that tiktoken.get_encoding has put into its cache."""
+    from tiktoken.load import read_file_cached
     from tokenizers import models
 
-    ranks = enc._mergeable_ranks
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 spells these bytes as themselves
-    letters = {b: chr(b) for b in printable}
-    letters |= {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in letters)}
-    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        cuts = list(range(len(token) + 1))  # part i is token[cuts[i] : cuts[i + 1]]
-        pairs = [ranks.get(token[i : i + 2], rank) for i in cuts[:-2]]  # rank of parts i and i + 1, merged
-        while len(pairs) > 1:
-            i = pairs.index(min(pairs))
-            del cuts[i + 1], pairs[i]
-            if i > 0:
-                pairs[i - 1] = ranks.get(token[cuts[i - 1] : cuts[i + 1]], rank)
-            if i < len(pairs):
-                pairs[i] = ranks.get(token[cuts[i] : cuts[i + 2]], rank)
-        if pairs:
-            merges.append((spelled[token[: cuts[1]]], spelled[token[cuts[1] :]]))
-    vocab = {spelled[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": enc.eot_token}
+    files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+    vocab = json.loads(read_file_cached(f"{files}encoder.json"))
+    merges = [tuple(line.split()) for line in read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]]
     return byte_level_bpe(models.BPE(vocab, merges)).to_str().encode()
 
 
@@ -461,11 +444,12 @@ def train_bpe(texts, vocab_size: int) -> bytes:
 class Files:
     """Rows of local files, in the order given: one a line of .jsonl, one a document of .txt, one a file of .py.
 
-    A place is [file, byte offset, line], the start of a row.
+    A place is (file, byte offset, line), the start of a row.
     """
 
     def __init__(self, files: list[Path], column: str):
         self.files, self.column = files, column
+        self.kinds = [kind_of(path) for path in files]
         for path in files:
             try:
                 with self.open(path) as f:
@@ -483,13 +467,13 @@ class Files:
         """Yield (place, raw bytes) from `place` on, or from the start."""
         first, offset, line = place or (0, 0, 1)
         for i, path in enumerate(self.files[first:], first):
-            read = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text}[kind_of(path)]
+            read = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text}[self.kinds[i]]
             try:
                 with self.open(path) as f:
                     f.seek(offset)
                     for at, number, raw in read(f, offset, line):
                         line = number
-                        yield [i, at, line], raw
+                        yield (i, at, line), raw
             except (EOFError, gzip.BadGzipFile, zlib.error) as e:
                 raise BadRow(f"{path} is cut short or damaged after line {line}: {e}") from e
             offset, line = 0, 1
@@ -503,7 +487,7 @@ class Files:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as e:
             raise ValueError(f"invalid UTF-8 (byte {raw[e.start]:#04x})") from e
-        if kind_of(self.files[place[0]]) != ".jsonl":
+        if self.kinds[place[0]] != ".jsonl":
             return text
         try:
             row = json.loads(text)
@@ -562,6 +546,7 @@ class Hub:
         except ImportError as e:
             raise UserError(f"{name} is read through the datasets library: pip install datasets zstandard") from e
         datasets.disable_progress_bars()
+        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, in its words, what it also raises
         self.name, self.column = name, column
         path, files = name, None
         if os.path.isfile(name) or (glob.has_magic(name) and glob.glob(name)):
@@ -753,15 +738,6 @@ def map_shard(path: Path):
     return f, np.frombuffer(memoryview(mapped)[HEADER_BYTES:], "<u2")
 
 
-def stamp(fd: int):
-    """What tells that an open file is as it was when it was opened; None if it has been deleted or replaced."""
-    try:
-        about = os.fstat(fd)  # half the time of a stat by name, and a batch asks for hundreds
-    except OSError:
-        return None
-    return (about.st_size, about.st_mtime_ns) if about.st_nlink else None
-
-
 class Shards:
     """The tokens of one split as one stream, memory-mapped. Window w is tokens [w * length, (w + 1) * length)."""
 
@@ -787,7 +763,7 @@ class Shards:
         self.fds = [f.fileno() for f in self.open_files]
         self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
-        self.stamps = [stamp(fd) for fd in self.fds]
+        self.stamps = [(about.st_size, about.st_mtime_ns) for about in map(os.fstat, self.fds)]
 
     def fingerprint(self) -> tuple[str, str]:
         """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
@@ -816,8 +792,13 @@ class Shards:
         starts = np.asarray(ids, np.int64) * length
         first, offset = self.locate(starts)
         last, _ = self.locate(starts + length - 1)
-        for shard in {*first.tolist(), *last.tolist()}:
-            if stamp(self.fds[shard]) != self.stamps[shard]:
+        for shard in {*first.tolist(), *last.tolist()}:  # by descriptor: a stat by name takes twice as long
+            try:
+                about = os.fstat(self.fds[shard])
+                same = about.st_nlink and (about.st_size, about.st_mtime_ns) == self.stamps[shard]
+            except OSError:
+                same = False
+            if not same:
                 raise ShardChanged(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
         out = np.empty((len(starts), length), np.uint16)
         places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)
@@ -870,7 +851,8 @@ def window_order(positions, n_windows: int, seed: int, shuffle_each_epoch: bool 
 
 
 # -----------------------------------------------------------------------------
-# encoding: rows -> tokens, in threads, since the tokenizers let go of Python's lock
+# encoding: rows -> tokens, in processes of their own: threads of one, although the tokenizers let go of Python's lock,
+# took a fifth longer on two cores
 
 
 def read_rows(source, start: int, stop: int | None, place=None, row: int = 0):
@@ -933,22 +915,57 @@ def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
         yield group
 
 
-def ordered_map(function, items, workers: int):
-    """Yield (item, function(item)) in order from `workers` threads; few are under way, so that no queue grows."""
+work = {}  # in a worker: the functions that it was forked with, by name
+
+
+@contextlib.contextmanager
+def worker_pool(workers: int, functions: dict, lock):
+    """An Executor whose workers do(name, item), `name` one of `functions`; a single one is a thread of this process.
+
+    Workers are forked, so that the functions bring along what they need. UserError if one is killed.
+    """
+    if workers == 1:
+        work.update(functions)
+        pool = ThreadPoolExecutor(1)
+    else:
+        fork = multiprocessing.get_context("fork")
+        pool = ProcessPoolExecutor(workers, fork, initializer=begin_work, initargs=(functions, lock))
+    try:
+        yield pool
+    except BrokenProcessPool as e:
+        raise UserError(
+            "a worker was killed, perhaps for want of memory; the same command goes on after the last finished shard, "
+            "and fewer --workers need less"
+        ) from e
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begin_work(functions: dict, lock) -> None:
+    """In a worker that was just forked: leave Ctrl-C and the folder's lock to the parent, and die when it dies."""
+    work.update(functions)
+    lock.close()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def do(name: str, *args):
+    """A worker's task."""
+    return work[name](*args)
+
+
+def ordered_map(pool, name: str, items, workers: int):
+    """Yield (item, its result) in order; few are under way, so that no queue grows."""
     pending = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append((item, pool.submit(function, item)))
-                if len(pending) > 2 * workers:
-                    done, future = pending.popleft()
-                    yield done, future.result()
-            while pending:
-                done, future = pending.popleft()
-                yield done, future.result()
-        finally:
-            for _, future in pending:
-                future.cancel()
+    for item in items:
+        pending.append((item, pool.submit(do, name, item)))
+        if len(pending) > 2 * workers:
+            done, future = pending.popleft()
+            yield done, future.result()
+    while pending:
+        done, future = pending.popleft()
+        yield done, future.result()
 
 
 def progress_line(split: str, tokens_before: int):
@@ -968,15 +985,18 @@ def progress_line(split: str, tokens_before: int):
     return show
 
 
-def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, workers: int, done: dict, save) -> None:
-    """Write the shards of one split from where `done` says that an earlier preparation stopped; save() keeps `done`."""
+def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, done: dict, save) -> None:
+    """Write the shards of one split from where `done` says that an earlier preparation stopped; save() keeps `done`.
+
+    encode(batches of rows) yields, in order, (batch, what encode_rows makes of it).
+    """
     source, start, stop = opened
     writer = ShardWriter(folder, split, shard_tokens, done["shards"])
     counts = {k: done[k] for k in ("tokens", "documents", "empty_documents", "bytes")}
     show = progress_line(split, counts["tokens"])
     rows = read_rows(source, start, stop, done["place"], done["row"])
     again = done["skip"]  # so many tokens of the first document are in the last finished shard, maybe all of them
-    for batch, (tokens, lengths, n_bytes) in ordered_map(encode, grouped(rows), workers):
+    for batch, (tokens, lengths, n_bytes) in encode(grouped(rows)):
         ends = np.cumsum(lengths)
         at, counted = again, int(0 < again == lengths[0])
         again = 0
@@ -1099,25 +1119,29 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
 
         try:
             save()
-            trained = encoder is None
-            if trained and "tokenizer" in progress:
+            if encoder is None and "tokenizer" in progress:
                 encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
-            elif trained:
+            elif encoder is None:
                 encoder = trained_encoder(configs["train"], opened["train"])
                 with whole_file(folder / "tokenizer.json") as f:
-                    f.write(encoder.json)
+                    f.write(encoder.make_json())
                 progress["tokenizer"] = "trained"
                 save()
-            for split, done in progress["splits"].items():
-                if not done.get("finished"):
-                    tokenized = configs[split].is_tokenized
-                    encode = functools.partial(
-                        encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=tokenized
-                    )
-                    encode_split(folder, split, opened[split], encode, shard_tokens, workers, done, save)
-            if not trained:
-                with whole_file(folder / "tokenizer.json") as f:
-                    f.write(encoder.json)
+            functions = {
+                split: functools.partial(
+                    encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=c.is_tokenized
+                )
+                for split, c in configs.items()
+            }
+            with worker_pool(workers, functions | {"tokenizer.json": encoder.make_json}, lock) as pool:
+                made = pool.submit(do, "tokenizer.json")
+                for split, done in progress["splits"].items():
+                    if not done.get("finished"):
+                        encode = functools.partial(ordered_map, pool, split, workers=workers)
+                        encode_split(folder, split, opened[split], encode, shard_tokens, done, save)
+                tokenizer_json = made.result()
+            with whole_file(folder / "tokenizer.json") as f:
+                f.write(tokenizer_json)
         except BadRow:  # the source has to change, and what is here would not fit it then
             for path in [*folder.glob("*.bin"), folder / "tokenizer.json", folder / PROGRESS, folder / ".lock"]:
                 path.unlink(missing_ok=True)
@@ -1132,7 +1156,7 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
             raise
         keep = "tokens", "documents", "empty_documents", "bytes", "shards"
         splits = {split: {k: done[k] for k in keep} for split, done in progress["splits"].items()}
-        tokenizer = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
+        tokenizer = {"name": encoder.name, "sha256": hashlib.sha256(tokenizer_json).hexdigest()}
         tokenizer |= {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
         dataset = {"source": progress["source"], "splits": splits, "tokenizer": tokenizer}
         write_text(folder / "dataset.json", json.dumps(dataset, indent=1) + "\n")
@@ -1194,7 +1218,9 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.split=train[:1%%]"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that encode (default: all cores)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="processes that encode (default: all cores)"
+    )
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100M)")
     parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
     parser.add_argument("--peek", type=int, metavar="N", help="print the first N documents of each split, decoded")

@@ -392,24 +392,35 @@ def slow(tmp_path_factory):
     return here, command, tree(here / "out")
 
 
-def interrupted(slow, name: str, signum: int, shards: int, delay: float = 0):
-    """Start preparing into the folder `name` and send the signal once `shards` are there: (process, stderr)."""
+def workers_of(pid: int) -> list[int]:
+    """The processes that a preparation encodes with."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def interrupted(slow, name: str, signum: int, shards: int, delay: float = 0, whom=lambda pid: [pid]):
+    """Start preparing into the folder `name` and send the signal once `shards` are there: (process, stderr).
+
+    whom(pid) are the processes that get it; a negative one is a group.
+    """
     here, command, _ = slow
+    errors = here / f"{name}.err"
     started = subprocess.Popen(
         [sys.executable, str(ROOT / "prepare_data.py"), *command, f"train_dataset_config.path={name}"],
         cwd=here,
         env=environment(),
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+        stderr=errors.open("w"),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests begun with & ignore it
+        start_new_session=True,
     )
     until = time.monotonic() + 60
     while len(list(here.glob(f"{name}/*.bin"))) < shards and started.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(delay)
-    started.send_signal(signum)
-    return started, started.communicate(timeout=60)[1]
+    for pid in whom(started.pid):
+        os.kill(pid, signum)
+    started.wait(timeout=60)
+    return started, errors.read_text()
 
 
 def resumed(slow, name: str) -> None:
@@ -438,10 +449,45 @@ def test_killed_again_and_again(slow):
 
 
 def test_ctrl_c(slow):
-    started, stderr = interrupted(slow, "ctrl_c", signal.SIGINT, 3)
+    """A terminal sends it to the workers, too."""
+    started, stderr = interrupted(slow, "ctrl_c", signal.SIGINT, 3, whom=lambda pid: [-pid])
     assert started.returncode > 0 and "Traceback" not in stderr
     assert len(stderr.split("\n")) <= 3 and len(stderr.strip().split("\n")) == 1, stderr
     resumed(slow, "ctrl_c")
+
+
+def test_killed_worker(slow):
+    """As by a kernel that is out of memory."""
+    started, stderr = interrupted(slow, "worker", signal.SIGKILL, 3, whom=lambda pid: workers_of(pid)[:1])
+    refused(subprocess.CompletedProcess([], started.returncode, "", stderr), "a worker was killed", "--workers")
+    resumed(slow, "worker")
+
+
+def test_workers_die_with_their_parent(slow):
+    """At once, also those that wait for work, and none keeps the folder locked."""
+    orphans = []
+    interrupted(slow, "orphans", signal.SIGKILL, 3, whom=lambda pid: orphans.extend(workers_of(pid)) or [pid])
+    assert len(orphans) == 2
+    resumed(slow, "orphans")
+    assert not [pid for pid in orphans if os.path.exists(f"/proc/{pid}/exe")]
+
+
+def test_workers_hold_no_lock(slow):
+    """A stopped worker cannot notice that its parent is gone, and the folder is free all the same."""
+    stopped = []
+
+    def stop_workers(pid):
+        stopped.extend(workers_of(pid))
+        for worker in stopped:
+            os.kill(worker, signal.SIGSTOP)
+        return [pid]
+
+    try:
+        interrupted(slow, "lock", signal.SIGKILL, 3, whom=stop_workers)
+        resumed(slow, "lock")
+    finally:
+        for worker in stopped:
+            os.kill(worker, signal.SIGKILL)
 
 
 def test_resume_reads_on(slow):
@@ -1466,7 +1512,9 @@ def test_bad_tables(here, tables, run_here, kind):
     args, fragments = BAD_TABLES[kind]
     os.symlink(tables / "repo", here / "repo")
     write_files(here, {"plain.txt.parquet": "this is no parquet"})
-    refused(bad_input(here, {}, [f"{T}.name=repo", f"{T}.column_name=story", *args], run_here), *fragments)
+    args = [f"{T}.name=repo", f"{T}.column_name=story", *args]
+    # in a process of its own, where datasets' log, too, would be seen
+    refused(bad_input(here, {}, args, *([run_here] if kind != "no parquet" else [])), *fragments)
 
 
 def test_bad_row_in_a_table(here, run_here):

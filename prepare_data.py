@@ -763,7 +763,7 @@ class Shards:
         self.fds = [f.fileno() for f in self.open_files]
         self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
         self.n_tokens = int(self.starts[-1])
-        self.stamps = [(about.st_size, about.st_mtime_ns) for about in map(os.fstat, self.fds)]
+        self.opened, self.turn = [os.fstat(fd) for fd in self.fds], 0
 
     def fingerprint(self) -> tuple[str, str]:
         """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
@@ -787,18 +787,27 @@ class Shards:
             shard, at = shard + 1, 0
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
+    def unchanged(self, shard: int, thoroughly: bool) -> bool:
+        """Whether a shard has the size that it was opened with, without which its map is a bus error; thoroughly: and
+        has neither been written to nor deleted nor replaced."""
+        try:
+            if not thoroughly:
+                return os.lseek(self.fds[shard], 0, os.SEEK_END) == self.opened[shard].st_size
+            now, then = os.fstat(self.fds[shard]), self.opened[shard]
+        except OSError:
+            return False
+        return bool(now.st_nlink) and (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
+
     def windows(self, ids, length: int) -> np.ndarray:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. ShardChanged if a file is another one."""
         starts = np.asarray(ids, np.int64) * length
         first, offset = self.locate(starts)
         last, _ = self.locate(starts + length - 1)
-        for shard in {*first.tolist(), *last.tolist()}:  # by descriptor: a stat by name takes twice as long
-            try:
-                about = os.fstat(self.fds[shard])
-                same = about.st_nlink and (about.st_size, about.st_mtime_ns) == self.stamps[shard]
-            except OSError:
-                same = False
-            if not same:
+        touched = [*{*first.tolist(), *last.tolist()}]
+        stride = 1 + len(touched) // 256  # of many shards, some are asked for more than their size, others each time:
+        self.turn += 1  # from 3,000 shards a batch takes 0.9 of the time
+        for i, shard in enumerate(touched):
+            if not self.unchanged(shard, (i + self.turn) % stride == 0):
                 raise ShardChanged(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
         out = np.empty((len(starts), length), np.uint16)
         places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)

@@ -29,7 +29,7 @@ import prepare_data
 import train
 from models import MODEL_CLASSES
 
-ROUNDS, MEGABYTES, STEP_ROUNDS = 3, 60, 7
+ROUNDS, MEGABYTES, STEP_ROUNDS, BATCHES = 3, 60, 7, 30
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 
@@ -142,7 +142,7 @@ def bench_loader(folder: Path) -> None:
         print(f"opening {n:,} shards: {1000 * took:.0f} ms")
 
     times = {n: [] for n in shards}
-    for epoch in range(ROUNDS):
+    for epoch in range(BATCHES):
         for n, data in shards.items():
             positions = np.arange(epoch * 1024, (epoch + 1) * 1024)
             batch = prepare_data.window_order(positions, data.n_tokens // 513, 0)
@@ -152,7 +152,7 @@ def bench_loader(folder: Path) -> None:
             times[n].append(time.perf_counter() - began)
     medians = {n: statistics.median(t) for n, t in times.items()}
     rows = [(f"{n:,} shards", f"{1000 * t:.1f} ms", f"{t / medians[3]:.2f}") for n, t in medians.items()]
-    table("a batch of 1,024 windows of 513 tokens, order included", rows)
+    table("a batch of 1,024 windows of 513 tokens, order included", rows, BATCHES)
 
 
 # -----------------------------------------------------------------------------

@@ -402,6 +402,21 @@ def test_each_shard_that_a_window_lies_in_is_looked_at(lab, shards, tmp_path, sh
         data.windows(np.array([across]), T + 1)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_of_many_shards_that_changes_is_soon_named(tmp_path, change):
+    """One that was cut short at once: to read it would be a bus error."""
+    header = np.zeros(256, "<i4")
+    header[:3] = prepare_data.MAGIC, prepare_data.VERSION, 100
+    for i in range(600):
+        (tmp_path / f"train_{i:06d}.bin").write_bytes(header.tobytes() + bytes(200))
+    data = prepare_data.Shards(tmp_path, "train", "")
+    data.windows(np.arange(1200), 50)
+    CHANGES[change](tmp_path / "train_000321.bin")
+    with pytest.raises(prepare_data.UserError, match=r"train_000321\.bin"):
+        for _ in range(1 if change == "truncated" else 3):
+            data.windows(np.arange(1200), 50)
+
+
 def prepared(lab, folder: Path, corpus: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     config = {**lab.base, **{s: lab.base[s] | {"path": str(folder), "name": str(corpus)} for s in SECTIONS[1:]}}

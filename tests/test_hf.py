@@ -1,5 +1,6 @@
 """Hugging Face, both ways: what is exported computes and reads what our model does, and so does what is loaded."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from helpers import NASTY, ROOT, bpe_json, environment, reference, run, tree, wordpiece_json, words_json
+from lens import hooked
 
 from models import GPT2, MODEL_CLASSES, GPT2Simple, Llama, LlamaSimple, LlamaSimpleMLP
 from prepare_data import UserError
@@ -363,10 +365,30 @@ def test_a_class_that_the_folder_does_not_fit(exported, tmp_path):
 # TransformerLens
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooked_transformer_computes_the_same(exported, kind):
+    lens = pytest.importorskip(
+        "transformer_lens.HookedTransformer", reason="needs pip install 'transformer-lens<4'", exc_type=ImportError
+    )
+    folder, model = exported(kind)
+    ours, idx = copy.deepcopy(model), tokens()
+    theirs = hooked(folder)
+    assert type(theirs) is lens.HookedTransformer
+    with torch.no_grad():
+        computed, cache = theirs.run_with_cache(idx)
+        torch.testing.assert_close(computed, logits(ours, idx), atol=1e-4, rtol=1e-4)
+        for i in range(SHAPE["n_layer"]):
+            pattern = cache[f"blocks.{i}.attn.hook_pattern"]
+            torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:-1]))
+        # in float32 two orders of the same sums differ by 2e-5, as far as each is from the exact value
+        torch.testing.assert_close(theirs.double()(idx), logits(ours.double(), idx), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_transformer_lens_computes_the_same(exported, kind):
     bridge = pytest.importorskip(
-        "transformer_lens.model_bridge", reason="needs pip install transformer-lens", exc_type=ImportError
+        "transformer_lens.model_bridge", reason="needs pip install 'transformer-lens>=3.9'", exc_type=ImportError
     )
     folder, model = exported(kind)
     hooked, idx = bridge.TransformerBridge.boot_transformers(str(folder), device="cpu"), tokens()

@@ -9,6 +9,7 @@ names (goodfire-ai/spd, spd/pretrain/models), so weights move between the two wi
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from dataclasses import dataclass, fields
@@ -144,6 +145,21 @@ def rotate(x, cos, sin, adjacent_pairs: bool):
     return torch.stack((y1, y2), dim=-1).flatten(-2) if adjacent_pairs else torch.cat((y1, y2), dim=-1)
 
 
+BF16_CPU = any(getattr(torch.cpu, "get_capabilities", dict)().get(unit) for unit in ("amx_bf16", "avx512_bf16"))
+
+
+def explicit_attention(q, k, v, softmax, blocks: int = 1):
+    """Causal attention of q, k, v (B, nh, T, hs) -> the same, for each block of queries over the keys up to it."""
+    T, hs, out, start = q.size(-2), q.size(-1), [], 0
+    for rows in q.split(-(-T // blocks), dim=-2):
+        stop = start + rows.size(-2)
+        att = rows @ k[..., :stop, :].transpose(-2, -1) / math.sqrt(hs)  # (B, nh, rows, stop)
+        future = torch.ones(stop - start, stop, dtype=torch.bool, device=q.device).triu(start + 1)
+        out.append(softmax(att.masked_fill(future, float("-inf"))) @ v[..., :stop, :])
+        start = stop
+    return torch.cat(out, dim=-2)
+
+
 class CausalSelfAttention(nn.Module):
     """Causal attention with four spellings of its projections.
 
@@ -196,12 +212,13 @@ class CausalSelfAttention(nn.Module):
         if self.n_key_value_heads != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)  # (B, nh, T, hs)
             v = v.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)
-        if self.flash_attention:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if not self.flash_attention:
+            y = explicit_attention(q, k, v, self.softmax)
+        elif BF16_CPU and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+            # (16, 4, 512, 32), forward and backward, on 2 cores with bfloat16 units: 55 ms, where SDPA takes 99
+            y = explicit_attention(q, k, v, functools.partial(F.softmax, dim=-1), blocks=4)
         else:
-            att = q @ k.transpose(-2, -1) / math.sqrt(self.head_size)  # (B, nh, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = self.softmax(att.masked_fill(future, float("-inf"))) @ v  # (B, nh, T, hs)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return getattr(self, self.out)(y.transpose(1, 2).reshape(B, T, C))
 
 

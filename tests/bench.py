@@ -27,7 +27,7 @@ import torch
 
 import prepare_data
 import train
-from models import MODEL_CLASSES
+from models import BF16_CPU, MODEL_CLASSES
 
 ROUNDS, MEGABYTES, STEP_ROUNDS, BATCHES = 3, 60, 7, 30
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,14 +158,15 @@ def bench_loader(folder: Path) -> None:
 # -----------------------------------------------------------------------------
 # one training step
 
+BF16 = torch.cuda.is_available() or BF16_CPU  # float32 where there are no units for it
 BENCH_CONFIG = os.environ.get("BENCH_CONFIG", "configs/ss_llama_simple_mlp-2L-128.yaml")
 
 
 def training_step(name: str, changes: list[str], sequences: int):
     """A function that makes one update of the model `name`; "... compiled" is under torch.compile.
 
-    All have BENCH_CONFIG's shape with `changes`, clipping and fused AdamW; float32 on a CPU, bfloat16 on a GPU. A
-    SwiGLU has three matrices where a GELU MLP has two, so transformers' Llama gets 2/3 of its width.
+    All have BENCH_CONFIG's shape with `changes`, clipping and fused AdamW. A SwiGLU has three matrices where a GELU MLP
+    has two, so transformers' Llama gets 2/3 of its width.
     """
     c = train.load_config(ROOT / BENCH_CONFIG, changes).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -209,7 +210,7 @@ def training_step(name: str, changes: list[str], sequences: int):
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
 
     def step():
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with torch.autocast(device, torch.bfloat16, enabled=BF16):
             loss = loss_of(forward)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -224,7 +225,7 @@ def training_step(name: str, changes: list[str], sequences: int):
 def bare_products(model, c, sequences: int):
     """The step's matrix products alone, into memory that is there already: forward, and twice that backward."""
     device = next(model.parameters()).device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if BF16 else torch.float32
     N, T, heads = sequences * c.block_size, c.block_size, sequences * c.n_head
     sizes = [(1, N, m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     sizes += c.n_layer * [(heads, T, c.n_embd // c.n_head, T), (heads, T, T, c.n_embd // c.n_head)]
@@ -266,7 +267,8 @@ def bench_step(_) -> None:
     c, first = built[-1], medians[names[0]]
     tokens = sequences * c.block_size
     rows = [(name, f"{tokens / t:,.0f} tok/s", f"{first / t:.2f}") for name, t in medians.items()]
-    table(f"a step of {BENCH_CONFIG}, {sequences} sequences of {c.block_size}", rows, STEP_ROUNDS)
+    what = f"a step of {BENCH_CONFIG}, {sequences} sequences of {c.block_size}, {'bfloat16' if BF16 else 'float32'}"
+    table(what, rows, STEP_ROUNDS)
 
 
 def peak_of(name: str, changes: list[str], sequences: int) -> tuple[float, float]:

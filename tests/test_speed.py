@@ -47,6 +47,53 @@ class Largest(TorchDispatchMode):
 
 
 # -----------------------------------------------------------------------------
+# attention over blocks of queries
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 5, 8, 31, 32])
+def test_attention_in_blocks_is_exact(T):
+    rng = torch.Generator().manual_seed(T)
+    q, k, v, g = torch.randn(4, 2, 3, T, 8, generator=rng, dtype=torch.float64).unbind()
+    results = []
+    for blocks in (0, 1, 4):
+        inputs = [z.clone().requires_grad_() for z in (q, k, v)]
+        if blocks:
+            y = models.explicit_attention(*inputs, torch.nn.Softmax(dim=-1), blocks)
+        else:
+            y = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
+        results.append([y.detach(), *torch.autograd.grad(y, inputs, g)])
+    torch.testing.assert_close(results[1], results[0])
+    torch.testing.assert_close(results[2], results[0])
+
+
+@pytest.mark.parametrize("units", [True, False])
+@five
+def test_bfloat16_units_choose_the_blocks(name, units, monkeypatch):
+    """Compiled, under autocast, on a CPU that has them, and nowhere else."""
+    monkeypatch.setattr(models, "BF16_CPU", units)
+    torch._dynamo.reset()
+    calls = []
+
+    def backend(graph, _):
+        calls.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    model, (x, y) = make(name), batch()
+    plain = loss_and_gradients(model, x, y)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, grads = loss_and_gradients(model, x, y, compiled)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    assert calls.count(sdpa) == (0 if units else len(model.h))
+    torch.testing.assert_close(loss, plain[0], atol=1e-2, rtol=1e-2)
+    for key, grad in grads.items():
+        assert (grad - plain[1][key]).norm() < 0.05 * plain[1][key].norm() + 1e-3, key
+    calls.clear()
+    compiled(x)  # float32 keeps to SDPA
+    assert calls.count(sdpa) == len(model.h)
+
+
+# -----------------------------------------------------------------------------
 # the loss in pieces
 
 

@@ -229,21 +229,23 @@ def bare_products(model, c, sequences: int):
     N, T, heads = sequences * c.block_size, c.block_size, sequences * c.n_head
     sizes = [(1, N, m.in_features, m.out_features) for m in model.modules() if isinstance(m, torch.nn.Linear)]
     sizes += c.n_layer * [(heads, T, c.n_embd // c.n_head, T), (heads, T, T, c.n_embd // c.n_head)]
-    tensors = {}
 
     def tensor(*shape):
-        return tensors.setdefault(shape, torch.randn(shape, device=device, dtype=dtype))
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    products = [
+        (tensor(n, rows, inner), tensor(n, inner, columns), tensor(n, rows, columns))
+        for n, rows, inner, columns in sizes
+    ]
 
     def step():
-        for n, rows, inner, columns in sizes:
-            a, b, ab = tensor(n, rows, inner), tensor(n, inner, columns), tensor(n, rows, columns)
+        for a, b, ab in products:
             torch.bmm(a, b, out=ab)
             torch.bmm(ab, b.mT, out=a)
             torch.bmm(a.mT, ab, out=b)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    step()
     return step
 
 

@@ -574,6 +574,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         ids = [device.index] if device.type == "cuda" else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # broadcast_buffers' new name is not in torch before 2.13
+            # views: 1.04 of the rate on 2 CPU ranks; static_graph and buckets of 1 MB gained under 3 %: left out
             model = DDP(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # ---- data: positions of the stream -> windows -> this rank's sequences, read one update ahead

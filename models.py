@@ -145,6 +145,7 @@ def rotate(x, cos, sin, adjacent_pairs: bool):
     return torch.stack((y1, y2), dim=-1).flatten(-2) if adjacent_pairs else torch.cat((y1, y2), dim=-1)
 
 
+# whether this machine's CPU has units for products of bfloat16
 BF16_CPU = any(getattr(torch.cpu, "get_capabilities", dict)().get(unit) for unit in ("amx_bf16", "avx512_bf16"))
 
 

@@ -377,9 +377,12 @@ def without_special_words(data: str) -> str | None:
 def gpt2_encoder() -> TextEncoder:
     """tiktoken's gpt2: the ids of the hub's gpt2, several times faster."""
     import tiktoken
+    from tiktoken.load import read_file_cached
 
+    files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     try:
-        enc = tiktoken.get_encoding("gpt2")
+        enc = tiktoken.get_encoding("gpt2")  # which checks the files, and keeps them
+        vocab, merges = (read_file_cached(f"{files}{name}") for name in ("encoder.json", "vocab.bpe"))
     except Exception as e:
         raise UserError(
             f"tiktoken cannot get its gpt2 files ({type(e).__name__}), which it downloads once: without a network, set "
@@ -389,23 +392,18 @@ def gpt2_encoder() -> TextEncoder:
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
 
-    reader = functools.cache(lambda: json_encoder("gpt2", gpt2_json()))
+    def make_json():
+        from tokenizers import models
+
+        pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
+        return byte_level_bpe(models.BPE(json.loads(vocab), pairs)).to_str().encode()
+
+    reader = functools.cache(lambda: json_encoder("gpt2", make_json()))
 
     def decode_batch(ids):
         return reader().decode_batch(ids)
 
-    return TextEncoder("gpt2", gpt2_json, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
-
-
-def gpt2_json() -> bytes:
-    """The tokenizer.json of tiktoken's gpt2, made of the files that tiktoken.get_encoding has put into its cache."""
-    from tiktoken.load import read_file_cached
-    from tokenizers import models
-
-    files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    vocab = json.loads(read_file_cached(f"{files}encoder.json"))
-    merges = [tuple(line.split()) for line in read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]]
-    return byte_level_bpe(models.BPE(vocab, merges)).to_str().encode()
+    return TextEncoder("gpt2", make_json, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
 
 
 def byte_level_bpe(model):

@@ -1,12 +1,15 @@
 """prepare_data.py as a user runs it: what lies in the folder afterwards, what survives a crash, what is refused."""
 
 import fcntl
+import glob
 import gzip
+import hashlib
 import json
 import math
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -1178,6 +1181,77 @@ def test_damaged_shards(here, kind):
 def test_no_shards(here):
     with pytest.raises(pd.UserError, match=r"python prepare_data\.py x\.yaml"):
         pd.Shards(here / "out", "train", "python prepare_data.py x.yaml")
+
+
+# -----------------------------------------------------------------------------
+# --verify and --peek
+
+
+def put_token(old: int, new: int) -> None:
+    """Write `new` over the first `old` in the second shard, and its new sha256 into dataset.json."""
+    path = Path("out/train_000001.bin")
+    data = bytearray(path.read_bytes())
+    tokens = np.frombuffer(data, "<u2", offset=1024)
+    tokens[np.flatnonzero(tokens == old)[0]] = new
+    path.write_bytes(data)
+    about = json.loads(Path("out/dataset.json").read_text())
+    about["splits"]["train"]["shards"][1]["sha256"] = hashlib.sha256(data).hexdigest()
+    Path("out/dataset.json").write_text(json.dumps(about))
+
+
+EOS = 1  # tiny.json's
+VERIFIED = {
+    "a flipped bit": (lambda: flip("out/train_000001.bin", 1100), ["train_000001.bin", "changed"]),
+    "the last shard": (lambda: flip(max(glob.glob("out/train_*.bin")), 1024), ["train_", "changed"]),
+    "the other split": (lambda: flip("out/val_000000.bin", -1), ["val_000000.bin", "changed"]),
+    "its header": (lambda: flip("out/train_000001.bin", 0), ["train_000001.bin", "20240520"]),
+    "cut short": (lambda: os.truncate("out/train_000001.bin", 1100), ["train_000001.bin", "1100"]),
+    "gone": (lambda: os.unlink("out/train_000001.bin"), ["train_000001.bin", "gone"]),
+    "an id that is none": (lambda: put_token(EOS, 65535), ["train_000001.bin", "65535"]),
+    "an EOS less": (lambda: put_token(EOS, 5), ["train_000001.bin", "EOS"]),
+    "another tokenizer": (lambda: flip("out/tokenizer.json", 50), ["tokenizer.json"]),
+    "nothing there": (lambda: shutil.rmtree("out"), ["out", "python prepare_data.py config.yaml"]),
+}
+
+
+def flip(path, at: int) -> None:
+    data = bytearray(Path(path).read_bytes())
+    data[at] ^= 1
+    Path(path).write_bytes(data)
+
+
+@pytest.mark.parametrize("wrong", [None, *VERIFIED])
+def test_verify(here, run_here, wrong):
+    write_files(here, {"docs.jsonl": jsonl([*DOCS, ""]), "config.yaml": config({})})
+    prepare_here("--shard-tokens", 100)
+    if wrong is None:
+        done = run_here("prepare_data.py", "config.yaml", "--verify")
+        assert done.returncode == 0 and done.stdout.count("is sound") == 2, done
+        return
+    damage, fragments = VERIFIED[wrong]
+    damage()
+    before = tree(here)
+    refused(run_here("prepare_data.py", "config.yaml", "--verify"), *fragments)
+    assert tree(here) == before
+
+
+def test_peek(here, bpe, run_here):
+    """The first documents as the model will see them: special tokens shown, text that looks like one as its text."""
+    docs = ["one <|endoftext|> and [EOS] 🙂", "two\r\nlines", "", "three"]
+    keys = {"hf_tokenizer_path": "bpe.json"}
+    write_files(
+        here, {"bpe.json": bpe, "docs.jsonl": jsonl(docs), "config.yaml": config(keys, {"split": "train[-1:]"})}
+    )
+    prepare_here()
+    ids = encoded([d for d in docs if d], bpe)
+    from tokenizers import Tokenizer
+
+    eos = Tokenizer.from_str(bpe).id_to_token(ids[0][-1])
+    shown = [f"--- train document {i}: {len(ids[i - 1])} ids\n{docs[i - 1]}{eos}\n" for i in (1, 2)]
+    shown += [f"--- val document 1: {len(ids[2])} ids\nthree{eos}\n"]
+    assert run_here("prepare_data.py", "config.yaml", "--peek", 2).stdout == "".join(shown)
+    again = run_here("prepare_data.py", "config.yaml", "--peek", 99).stdout
+    assert again.count("--- train document") == 3 and again.count("--- val document") == 1
 
 
 # -----------------------------------------------------------------------------

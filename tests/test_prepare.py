@@ -50,7 +50,7 @@ TINY = wordpiece_json()
 DOCS = stories(60)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def offline():
     """What `datasets` reads when it is imported: nothing here may wait for a network."""
     with pytest.MonkeyPatch.context() as patch:

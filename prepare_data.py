@@ -1134,7 +1134,7 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
             elif encoder is None:
                 encoder = trained_encoder(configs["train"], opened["train"])
                 with whole_file(folder / "tokenizer.json") as f:
-                    f.write(encoder.make_json())
+                    f.write(encoder.json)
                 progress["tokenizer"] = "trained"
                 save()
             functions = {

@@ -131,18 +131,28 @@ class RMSNorm(nn.Module):
         return self.weight * h.to(x.dtype)
 
 
-def rotary_tables(head_size: int, n_ctx: int, base: int):
-    """cos, sin, each (n_ctx, head_size / 2) float32, of the angles t / base^(2i / head_size)."""
-    freq = base ** (torch.arange(head_size // 2, dtype=torch.float32) / (head_size / 2))
+def pairs(x, adjacent: bool):
+    """The first and the second of each pair of dimensions that RoPE turns, (..., hs / 2) each, of x (..., hs)."""
+    return (x[..., ::2], x[..., 1::2]) if adjacent else x.chunk(2, dim=-1)
+
+
+def rotary_tables(head_dim: int, n_ctx: int, base: int, adjacent_pairs: bool):
+    """cos, sin, each (n_ctx, hs) float32, of the angles t / base^(2i / hs), the same for both of pair i."""
+    freq = base ** (torch.arange(head_dim // 2, dtype=torch.float32) / (head_dim / 2))
+    freq = freq.repeat_interleave(2) if adjacent_pairs else freq.repeat(2)
     angles = torch.arange(n_ctx, dtype=torch.float32)[:, None] / freq
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin, adjacent_pairs: bool):
-    """Turn each pair of dimensions of x (B, nh, T, hs) by its position's angle; cos, sin (T, hs / 2)."""
-    x1, x2 = (x[..., ::2], x[..., 1::2]) if adjacent_pairs else x.chunk(2, dim=-1)
-    y1, y2 = x1 * cos - x2 * sin, x2 * cos + x1 * sin
-    return torch.stack((y1, y2), dim=-1).flatten(-2) if adjacent_pairs else torch.cat((y1, y2), dim=-1)
+def apply_rotary_pos_emb(q, k, cos, sin, adjacent_pairs: bool):
+    """Turn the pairs of dimensions of q, k (B, nh, T, hs) by their positions' angles; cos, sin (B or 1, T, hs)."""
+    cos, sin = (pairs(table, adjacent_pairs)[0].unsqueeze(1) for table in (cos, sin))  # (B or 1, 1, T, hs / 2)
+    turned = []
+    for x in (q, k):
+        x1, x2 = pairs(x, adjacent_pairs)
+        y = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+        turned.append(torch.stack(y, dim=-1).flatten(-2) if adjacent_pairs else torch.cat(y, dim=-1))
+    return turned
 
 
 # whether this machine's CPU has units for products of bfloat16
@@ -174,30 +184,32 @@ class CausalSelfAttention(nn.Module):
         bias = config.attn_bias if llama else True
         self.n_head = config.n_head
         self.n_key_value_heads = config.n_key_value_heads if llama and merged != "qkv" else config.n_head
-        self.head_size = C // config.n_head
-        self.kv_size = self.n_key_value_heads * self.head_size
+        self.head_dim = C // config.n_head
+        kv_size = self.n_key_value_heads * self.head_dim
         self.merged, self.out, self.flash_attention = merged, out, config.flash_attention
         if merged == "qkv":
             self.c_attn = nn.Linear(C, 3 * C, bias=bias)
         elif merged == "kv":
             self.q_attn = nn.Linear(C, C, bias=bias)
-            self.kv_attn = nn.Linear(C, 2 * self.kv_size, bias=bias)
+            self.kv_attn = nn.Linear(C, 2 * kv_size, bias=bias)
         else:
             self.q_proj = nn.Linear(C, C, bias=bias)
-            self.k_proj = nn.Linear(C, self.kv_size, bias=bias)
-            self.v_proj = nn.Linear(C, self.kv_size, bias=bias)
+            self.k_proj = nn.Linear(C, kv_size, bias=bias)
+            self.v_proj = nn.Linear(C, kv_size, bias=bias)
         self.add_module(out, nn.Linear(C, C, bias=bias))
         getattr(self, out).writes_residual = True
         self.softmax = nn.Softmax(dim=-1)  # a module, so that a forward hook sees the pattern and may replace it
         self.rotary = llama
         if llama:
-            self.adjacent_pairs = config.rotary_adjacent_pairs
-            cos, sin = rotary_tables(self.head_size, config.n_ctx, config.rotary_base)
+            adjacent_pairs = config.rotary_adjacent_pairs
+            # SPD's losses on attention patterns look for it, and pass it rows of the tables
+            self.apply_rotary_pos_emb = functools.partial(apply_rotary_pos_emb, adjacent_pairs=adjacent_pairs)
+            cos, sin = rotary_tables(self.head_dim, config.n_ctx, config.rotary_base, adjacent_pairs)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
 
     def qkv(self, x):
-        """x (B, T, C) -> q (B, T, C), k and v (B, T, kv_size)."""
+        """x (B, T, C) -> q (B, T, C), k and v (B, T, nkv * hs)."""
         if self.merged == "qkv":
             return self.c_attn(x).chunk(3, dim=-1)
         if self.merged == "kv":
@@ -206,10 +218,10 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x):
         B, T, C = x.shape
-        q, k, v = (z.view(B, T, -1, self.head_size).transpose(1, 2) for z in self.qkv(x))  # (B, nh or nkv, T, hs)
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for z in self.qkv(x))  # (B, nh or nkv, T, hs)
         if self.rotary:
-            cos, sin = self.rotary_cos[:T].to(q.dtype), self.rotary_sin[:T].to(q.dtype)
-            q, k = rotate(q, cos, sin, self.adjacent_pairs), rotate(k, cos, sin, self.adjacent_pairs)
+            cos, sin = (table[None, :T].to(q.dtype) for table in (self.rotary_cos, self.rotary_sin))
+            q, k = self.apply_rotary_pos_emb(q, k, cos, sin)
         if self.n_key_value_heads != self.n_head:
             k = k.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)  # (B, nh, T, hs)
             v = v.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)
@@ -284,6 +296,11 @@ class LlamaBlock(nn.Module):
 VOCAB_MULTIPLE = {"cuda": 64}  # bfloat16 products of an odd width miss the fast kernels
 
 
+def mean_loss(logits, targets):
+    """logits (N, V), targets (N,) -> the mean cross-entropy in nats over the targets that are not -1."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, ignore_index=-1)
+
+
 def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
     """hidden (N, C), weight (V, C), targets (N,) -> (loss, gradients of its sum by hidden and weight, or None).
 
@@ -292,21 +309,23 @@ def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
     a step of the 2-layer, width 128 model takes 0.77 of the time (0.90 compiled).
     """
     N, V, device = len(hidden), len(weight), hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype, wide = hidden.dtype, torch.promote_types(hidden.dtype, torch.float32)
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     rows = -(-N // 4)
     if not torch.compiler.is_compiling():  # which makes code of every piece
         rows = min(rows, max(512, 2 ** (22 if device == "cpu" else 28) // V))  # a CPU's caches hold one piece
-    w, loss, grad_hidden, grad_weight = weight.to(dtype), 0.0, [], None
+    w, loss, grad_hidden, grad_weight = weight.to(dtype), hidden.new_zeros((), dtype=wide), [], None
     if padding := -V % VOCAB_MULTIPLE.get(device, 1):
         w = F.pad(w, (0, 0, 0, padding))
     for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
         logits = h @ w.T  # (rows, V)
         logits[:, V:] = float("-inf")
-        logp = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        logp = F.log_softmax(logits, dim=-1, dtype=wide)
         loss = loss + F.nll_loss(logp, y, ignore_index=-1, reduction="sum")
         if with_gradients:
             # of the sum, not the mean: of order 1, so that float16 holds them; backward multiplies by all the rest
-            one = torch.ones_like(y, dtype=torch.float32)[:, None]
+            one = torch.ones_like(y, dtype=wide)[:, None]
             d = logp.exp_().scatter_add_(1, y.clamp(min=0)[:, None], -one).to(dtype)  # by logits (rows, V)
             counts = (y != -1)[:, None].to(dtype)
             grad_hidden.append(d @ w * counts)
@@ -325,23 +344,19 @@ def loss_in_pieces(hidden, weight, targets, with_gradients: bool):
 class LossInPieces(torch.autograd.Function):
     """loss_in_pieces with its gradients."""
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        loss, *gradients = loss_in_pieces(hidden, weight, targets, True)
+        ctx.save_for_backward(hidden, weight, targets, *gradients)
+        return loss
 
     @staticmethod
-    def forward(hidden, weight, targets):
-        return loss_in_pieces(hidden, weight, targets, True)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*inputs, *output[1:])
-
-    @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         hidden, weight, targets, grad_hidden, grad_weight = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again
             hidden, weight = hidden.view_as(hidden), weight.view_as(weight)  # a tied weight is behind hidden, too
-            loss = F.cross_entropy((hidden @ weight.T).float(), targets, ignore_index=-1)
+            dtype = torch.promote_types(hidden.dtype, weight.dtype)
+            loss = mean_loss(hidden.to(dtype) @ weight.to(dtype).T, targets)
             return *torch.autograd.grad(loss, (hidden, weight), grad, create_graph=True), None
         grad = grad / (targets != -1).sum().clamp(min=1)
         return grad_hidden.to(hidden.dtype) * grad, (grad_weight * grad).to(weight.dtype), None
@@ -451,20 +466,21 @@ class LanguageModel(nn.Module):
         except IndexError:
             self.check_ids(idx)
             raise
+        targets = None if targets is None else targets.reshape(-1).long()
         if targets is not None and not return_logits and self.plain_head():
-            args = hidden.flatten(0, -2), self.lm_head.weight, targets.reshape(-1)
+            args = hidden.flatten(0, -2), self.lm_head.weight, targets
             wanted = torch.is_grad_enabled() and (hidden.requires_grad or self.lm_head.weight.requires_grad)
-            return None, LossInPieces.apply(*args)[0] if wanted else loss_in_pieces(*args, False)[0]
-        logits, loss = self.lm_head(hidden), None  # (B, T, V)
-        if targets is not None:
-            loss = F.cross_entropy(logits.float().reshape(-1, V), targets.reshape(-1), ignore_index=-1)
+            return None, LossInPieces.apply(*args) if wanted else loss_in_pieces(*args, False)[0]
+        logits = self.lm_head(hidden)  # (B, T, V)
+        loss = None if targets is None else mean_loss(logits.reshape(-1, V), targets)
         return (logits if return_logits else None), loss
 
     def plain_head(self) -> bool:
-        """Whether lm_head is the nn.Linear it was made as, with no hook that would have to see its logits."""
+        """Whether lm_head is the nn.Linear it was made as, and nobody has to see its logits or to transform them."""
         head = self.lm_head
-        hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-        return type(head) is nn.Linear and head.bias is None and not any(hooks)
+        heard = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+        changed = any(heard) or "forward" in vars(head) or torch._C._are_functorch_transforms_active()
+        return type(head) is nn.Linear and head.bias is None and not changed
 
     def flops_per_token(self) -> int:
         """Of a training step: 6 a weight that is multiplied by, and attention's products as if it saw the future."""
@@ -484,7 +500,7 @@ class LanguageModel(nn.Module):
         Temperature 0 is greedy; top_k keeps the k likeliest. After eos_token_id a row holds only that id, and when
         all rows have met it, generation ends. Sampling draws from torch's global generator.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1):
+        if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature ({temperature}) must be at least 0 and top_k ({top_k}) at least 1")
         one_dim = idx.dim() == 1
         idx = idx[None] if one_dim else idx

@@ -194,12 +194,14 @@ def test_adjacent_pairs_are_llamas_with_its_rows_permuted(name):
     assert (logits_of(model, idx) - unpermuted).abs().max() > 1e-2  # the flag does something
 
 
-def test_rotate_adjacent_pairs_is_gptjs():
+def test_rope_of_adjacent_pairs_is_gptjs():
     gptj = pytest.importorskip("transformers.models.gptj.modeling_gptj")
     x = torch.randn(2, BLOCK, NH, HS, generator=torch.Generator().manual_seed(0))  # (B, T, nh, hs), as GPT-J has it
     sin, cos = gptj.create_sinusoidal_positions(BLOCK, HS)[None].chunk(2, dim=-1)
     theirs = gptj.apply_rotary_pos_emb(x, sin, cos).transpose(1, 2)
-    close(models.rotate(x.transpose(1, 2), *models.rotary_tables(HS, BLOCK, 10000), adjacent_pairs=True), theirs)
+    tables = (table[None] for table in models.rotary_tables(HS, BLOCK, 10000, adjacent_pairs=True))
+    q, k = models.apply_rotary_pos_emb(x.transpose(1, 2), x[:, :, :1].transpose(1, 2), *tables, adjacent_pairs=True)
+    close((q, k), (theirs, theirs[:, :1]))
 
 
 # -----------------------------------------------------------------------------
@@ -500,7 +502,7 @@ def test_zero_stages_that_do_not_exist(name, zero_stage):
         make(name).configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu", zero_stage)
 
 
-@pytest.mark.parametrize("fields", [{"temperature": -0.5}, {"top_k": 0}], ids=str)
+@pytest.mark.parametrize("fields", [{"temperature": -0.5}, {"temperature": math.nan}, {"top_k": 0}], ids=str)
 def test_impossible_sampling(fields):
     value = next(iter(fields.values()))
     with pytest.raises(ValueError, match=rf"\({value}\)"):
@@ -509,6 +511,11 @@ def test_impossible_sampling(fields):
 
 # -----------------------------------------------------------------------------
 # forward and generate
+
+
+@five
+def test_an_empty_batch_has_empty_logits(name):
+    assert make(name)(tokens(B=0))[0].shape == (0, BLOCK, V)
 
 
 @five

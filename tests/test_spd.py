@@ -183,3 +183,33 @@ def test_components_learn_through_a_frozen_model(target, name):
     loss.backward()
     assert V.grad.abs().sum() > 0 and U.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.parameters())
+
+
+# -----------------------------------------------------------------------------
+# attention patterns, as SPD's losses on them compute them
+
+
+def patterns(attn, q, k):
+    """q, k (B, T, C), as the projections put them out -> (B, nh, T, T)."""
+    T, nh = q.shape[1], SHAPE["n_head"]
+    q, k = (z.view(len(z), T, nh, -1).transpose(1, 2) for z in (q, k))
+    if hasattr(attn, "apply_rotary_pos_emb"):
+        position_ids = torch.arange(T)[None]
+        q, k = attn.apply_rotary_pos_emb(q, k, attn.rotary_cos[position_ids], attn.rotary_sin[position_ids])
+    scores = q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5
+    return scores.masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
+
+
+@pytest.mark.parametrize("adjacent", [False, True], ids=["halves", "adjacent"])
+@pytest.mark.parametrize("name", ["GPT2", "GPT2Simple", "LlamaSimple", "LlamaSimpleMLP"])
+def test_patterns_of_queries_and_keys_are_the_models_own(name, adjacent):
+    llama = {"rotary_adjacent_pairs": adjacent, "n_key_value_heads": SHAPE["n_head"]} if "Llama" in name else {}
+    model, seen = random_model(name, flash_attention=False, **llama).requires_grad_(False), {}
+    attn = model.h[1].attn
+    for n, module in attn.named_children():
+        module.register_forward_hook(lambda m, args, out, n=n: seen.update({n: out}))
+    model(idx())
+    q, k = seen["c_attn"].chunk(3, dim=-1)[:2] if name == "GPT2" else (seen["q_proj"], seen["k_proj"])
+    torch.testing.assert_close(patterns(attn, q, k), seen["softmax"])
+    if "Llama" in name:
+        assert attn.rotary_cos.shape == attn.rotary_sin.shape == (SHAPE["block_size"], attn.head_dim)

@@ -145,9 +145,9 @@ def test_gradients_of_unlikely_tokens_do_not_vanish_in_float16():
     targets = torch.zeros(512, dtype=torch.int64)
     hidden[:, 0], weight.data[0, 0] = 20.0, 20.0  # every target is all but certain
     with torch.autocast("cpu", torch.float16):
-        models.LossInPieces.apply(hidden, weight, targets)[0].backward()
+        models.LossInPieces.apply(hidden, weight, targets).backward()
     got, weight.grad = weight.grad.clone(), None
-    models.LossInPieces.apply(hidden, weight, targets)[0].backward()
+    models.LossInPieces.apply(hidden, weight, targets).backward()
     assert got.isfinite().all() and got.dtype == torch.float32 and weight.grad.isfinite().all()
 
 
@@ -174,22 +174,65 @@ def test_twice_and_copies():
         close(loss_and_gradients(twin, x, y, return_logits=False)[1], once)
 
 
-def test_second_derivatives_and_function_transforms():
-    model, (x, y) = make("LlamaSimpleMLP", flash_attention=False), batch()
-    weights = {k: p.detach() for k, p in model.named_parameters()}
+def test_second_derivatives():
+    model, (x, y) = make("LlamaSimpleMLP", flash_attention=False), batch(5)
 
     def penalty(keep):
         gradients = torch.autograd.grad(model(x, y, return_logits=keep)[1], list(model.parameters()), create_graph=True)
         return torch.autograd.grad(sum((g**2).sum() for g in gradients), list(model.parameters()))
 
-    def per_sample(keep):
-        def loss(w, a, b):
-            return torch.func.functional_call(model, w, (a[None], b[None]), {"return_logits": keep})[1]
+    torch.testing.assert_close(penalty(False), penalty(True), rtol=1e-4, atol=1e-5)
 
-        return torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(weights, *batch(0))
 
-    for result in (penalty, per_sample):
-        torch.testing.assert_close(result(False), result(True), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("transform", ["per sample", "jvp", "jacrev", "jvp of grad", "jacrev of jacrev"])
+def test_function_transforms(transform):
+    model, (x, y) = make("LlamaSimpleMLP", flash_attention=False), batch(5)
+    weights = {k: p.detach() for k, p in model.named_parameters()}
+    norm = {"ln_f.weight": weights["ln_f.weight"]}
+
+    def transformed(keep):
+        def loss(w, x, y):
+            return torch.func.functional_call(model, weights | w, (x, y), {"return_logits": keep})[1]
+
+        if transform == "per sample":
+            one = torch.func.grad(lambda w, a, b: loss(w, a[None], b[None]))
+            return torch.func.vmap(one, (None, 0, 0))(weights, *batch(0))
+        if transform == "jvp":
+            return torch.func.jvp(lambda w: loss(w, x, y), (weights,), (weights,))
+        if transform == "jvp of grad":  # a Hessian times a vector
+            return torch.func.jvp(torch.func.grad(lambda w: loss(w, x, y)), (weights,), (weights,))
+        jacobian = torch.func.jacrev(lambda w: loss(w, x, y))
+        return (jacobian if transform == "jacrev" else torch.func.jacrev(jacobian))(norm)
+
+    torch.testing.assert_close(transformed(False), transformed(True), rtol=1e-4, atol=1e-5)
+
+
+@five
+def test_float64_is_float64_to_the_end(name):
+    model, (x, y) = make(name).double(), batch(5)
+    for keep in (True, False):
+        loss = model(x, y, return_logits=keep)[1]
+        want = torch.nn.functional.cross_entropy(model(x)[0].flatten(0, 1), y.flatten(), ignore_index=-1)
+        torch.testing.assert_close(loss, want, rtol=1e-14, atol=0)
+    plain, pieces = (loss_and_gradients(model, x, y, return_logits=keep)[1] for keep in (True, False))
+    torch.testing.assert_close(pieces, plain, rtol=1e-6, atol=1e-7)  # RMSNorm is float32 within
+
+
+@five
+def test_a_step_on_the_meta_device(name):
+    with torch.device("meta"):
+        model = models.MODEL_CLASSES[name](make(name).config)
+        x = torch.zeros(3, BLOCK, dtype=torch.int64)
+    for keep in (True, False):
+        loss = model(x, x, return_logits=keep)[1]
+        loss.backward()
+        assert loss.is_meta and loss.shape == () and all(p.grad.is_meta for p in model.parameters())
+
+
+def test_targets_of_32_bits():
+    model, (x, y) = make("LlamaSimpleMLP"), batch(5)
+    for keep in (True, False):
+        assert torch.equal(model(x, y.int(), return_logits=keep)[1], model(x, y, return_logits=keep)[1])
 
 
 def test_whoever_changes_the_unembedding_is_heard():
@@ -204,6 +247,9 @@ def test_whoever_changes_the_unembedding_is_heard():
     close(model(x, y, return_logits=False)[1], torch.tensor(math.log(V)))
     handle.remove()
     close(model(x, y, return_logits=False)[1], want)
+    forward, model.lm_head.forward = model.lm_head.forward, torch.zeros_like(model.lm_head.weight.T).__rmatmul__
+    close(model(x, y, return_logits=False)[1], torch.tensor(math.log(V)))
+    model.lm_head.forward = forward
     torch.nn.utils.parametrizations.weight_norm(model.lm_head)
     close(model(x, y, return_logits=False)[1], want)
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(C, V))  # no weight of its own

@@ -6,6 +6,7 @@ own text, so the rates are those of that text on this machine. `step` and `memor
 
 import contextlib
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -73,10 +74,16 @@ def bench_prepare(folder: Path, tokenizer: str, workers: int) -> None:
     """prepare_data.py against the encoder alone, and against datasets.map followed by writing the ids."""
     corpus, texts = stdlib_documents(folder)
     encoder = prepare_data.load_encoder(tokenizer)
-    chunks = [texts[i : i + 64] for i in range(0, len(texts), 64)]
-    tokens = sum(len(ids) + 1 for chunk in chunks for ids in encoder.encode_batch(chunk))
-    one_core = chunks[: len(chunks) // workers]  # as much text for one core as each of several has
-    share = sum(len(ids) + 1 for chunk in one_core for ids in encoder.encode_batch(chunk))
+
+    def encoded(texts) -> int:
+        chunks = (texts[i : i + 64] for i in range(0, len(texts), 64))
+        return sum(len(ids) + 1 for chunk in chunks for ids in encoder.encode_batch(chunk))
+
+    one_core = texts[: len(texts) // workers]  # as much text for one core as each of several has
+    tokens, share, in_quarter = encoded(texts), encoded(one_core), encoded(texts[: len(texts) // 4])
+    quarter = folder / "quarter.jsonl"  # enough for datasets.map, which takes its time
+    with open(corpus) as f:
+        quarter.write_text("".join(itertools.islice(f, len(texts) // 4)))
 
     def ours():
         section = {"name": str(corpus), "hf_tokenizer_path": tokenizer, "n_ctx": 513, "path": str(folder / "ours")}
@@ -86,45 +93,45 @@ def bench_prepare(folder: Path, tokenizer: str, workers: int) -> None:
         shutil.rmtree(folder / "ours")
 
     def bare():
-        for chunk in one_core:
-            encoder.encode_batch(chunk)
+        encoded(one_core)
 
-    def usual():
+    def usual(**options):
         import datasets
+        import transformers
         from tokenizers import Tokenizer
 
         datasets.disable_progress_bars()
-        tok = Tokenizer.from_str(encoder.json.decode())
+        tok = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(encoder.json.decode()))
+        eos = [encoder.eos_token_id]
 
-        def encode(rows):
-            return {"ids": [[*tok.encode(t, add_special_tokens=False).ids, encoder.eos_token_id] for t in rows["text"]]}
+        def encode(row):
+            ids = tok(row["text"], add_special_tokens=False)["input_ids"]
+            return {"ids": [i + eos for i in ids] if "batched" in options else ids + eos}
 
-        rows = datasets.load_dataset("json", data_files=str(corpus), split="train", cache_dir=str(folder / "cache"))
-        rows = rows.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
+        rows = datasets.load_dataset("json", data_files=str(quarter), split="train", cache_dir=str(folder / "cache"))
+        rows = rows.map(encode, remove_columns=["text"], **options)
         with open(folder / "usual.bin", "wb") as f:
             for batch in rows.iter(batch_size=1000):
                 f.write(np.concatenate(batch["ids"]).astype(np.uint16).tobytes())
         shutil.rmtree(folder / "cache")
 
-    times = {"ours": [], "bare": [], "usual": []}
+    ways = {"ours": ours, "bare": bare, "map": usual, "batched": lambda: usual(batched=True, num_proc=workers)}
+    times = {name: [] for name in ways}
     for _ in range(ROUNDS):
-        times["bare"].append(seconds(bare))
-        times["ours"].append(seconds(ours))
-        with contextlib.suppress(ImportError):
-            times["usual"].append(seconds(usual))
-    rate = {"ours": tokens / statistics.median(times["ours"]), "bare": share / statistics.median(times["bare"])}
-    rows = [
-        (f"prepare_data.py, {workers} workers", f"{rate['ours']:,.0f} tok/s", "1.00"),
-        (f"{workers} x the encoder alone on one core", f"{workers * rate['bare']:,.0f} tok/s", ""),
-        ("  prepare_data.py over that", "", f"{rate['ours'] / workers / rate['bare']:.2f}"),
-    ]
-    if times["usual"]:
-        usual_rate = tokens / statistics.median(times["usual"])
-        rows += [
-            (f"datasets.map with {workers} processes, then writing ids", f"{usual_rate:,.0f} tok/s", ""),
-            ("  prepare_data.py over that", "", f"{rate['ours'] / usual_rate:.2f}"),
-        ]
-    table(f"preparing {len(texts):,} documents, {tokens:,} tokens, with {tokenizer}", rows)
+        for name, way in ways.items():
+            with contextlib.suppress(ImportError):
+                times[name].append(seconds(way))
+    amount = {"ours": tokens, "bare": share, "map": in_quarter, "batched": in_quarter}
+    rate = {name: amount[name] / statistics.median(t) for name, t in times.items() if t}
+    rate["bare"] *= workers
+    labels = {
+        "ours": f"prepare_data.py, {workers} workers",
+        "bare": f"{workers} x the encoder alone on one core",
+        "map": "datasets.map as it comes, then writing ids",
+        "batched": f"datasets.map, batched, {workers} processes, then writing",
+    }
+    rows = [(labels[name], f"{r:,.0f} tok/s", f"{rate['ours'] / r:.2f}") for name, r in rate.items()]
+    table(f"preparing {len(texts):,} documents, {tokens:,} tokens, with {tokenizer}; ratio: ours over it", rows)
 
 
 def bench_loader(folder: Path) -> None:

@@ -272,7 +272,7 @@ class TextEncoder:
     """A tokenizer that is ready to encode documents."""
 
     name: str
-    make_json: typing.Callable  # () -> the bytes of its tokenizer.json
+    json: bytes  # its tokenizer.json
     vocab_size: int  # the greatest id + 1
     eos_token_id: int
     encode_batch: typing.Callable  # list of texts -> list of id sequences, without any special token
@@ -281,11 +281,6 @@ class TextEncoder:
     def __post_init__(self):
         if self.vocab_size > 65536:
             raise UserError(f"the tokenizer {self.name} has {self.vocab_size} ids, but a shard's uint16 holds 65536")
-
-    @property
-    def json(self) -> bytes:
-        """Its tokenizer.json."""
-        return self.make_json()
 
 
 def load_encoder(name: str) -> TextEncoder:
@@ -325,7 +320,7 @@ def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
         return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
 
     vocab_size, eos_token_id = max(tok.get_vocab().values()) + 1, find_eos(tok, name, eos)
-    return TextEncoder(name, lambda: data, vocab_size, eos_token_id, encode_batch, tok.decode_batch)
+    return TextEncoder(name, data, vocab_size, eos_token_id, encode_batch, tok.decode_batch)
 
 
 def find_eos(tok, name: str, eos=None) -> int:
@@ -378,6 +373,7 @@ def gpt2_encoder() -> TextEncoder:
     """tiktoken's gpt2: the ids of the hub's gpt2, several times faster."""
     import tiktoken
     from tiktoken.load import read_file_cached
+    from tokenizers import models
 
     files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     try:
@@ -392,18 +388,12 @@ def gpt2_encoder() -> TextEncoder:
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
 
-    def make_json():
-        from tokenizers import models
+    def decode_batch(rows):
+        return [enc.decode([i for i in ids if i != enc.eot_token]) for ids in rows]
 
-        pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
-        return byte_level_bpe(models.BPE(json.loads(vocab), pairs)).to_str().encode()
-
-    reader = functools.cache(lambda: json_encoder("gpt2", make_json()))
-
-    def decode_batch(ids):
-        return reader().decode_batch(ids)
-
-    return TextEncoder("gpt2", make_json, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
+    pairs = [tuple(line.split()) for line in merges.decode().splitlines()[1:]]
+    data = byte_level_bpe(models.BPE(json.loads(vocab), pairs)).to_str().encode()
+    return TextEncoder("gpt2", data, enc.n_vocab, enc.eot_token, encode_batch, decode_batch)
 
 
 def byte_level_bpe(model):
@@ -1128,30 +1118,26 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
             write_text(folder / PROGRESS, json.dumps(progress))
 
         try:
-            save()
-            if encoder is None and "tokenizer" in progress:
-                encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
-            elif encoder is None:
-                encoder = trained_encoder(configs["train"], opened["train"])
+            if "tokenizer" not in progress:
+                encoder = encoder or trained_encoder(configs["train"], opened["train"])
                 with whole_file(folder / "tokenizer.json") as f:
                     f.write(encoder.json)
-                progress["tokenizer"] = "trained"
+                about = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
+                progress["tokenizer"] = about | {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
                 save()
+            elif encoder is None:
+                encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
             functions = {
                 split: functools.partial(
                     encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=c.is_tokenized
                 )
                 for split, c in configs.items()
             }
-            with worker_pool(workers, functions | {"tokenizer.json": encoder.make_json}, lock) as pool:
-                made = pool.submit(do, "tokenizer.json")
+            with worker_pool(workers, functions, lock) as pool:
                 for split, done in progress["splits"].items():
                     if not done.get("finished"):
                         encode = functools.partial(ordered_map, pool, split, workers=workers)
                         encode_split(folder, split, opened[split], encode, shard_tokens, done, save)
-                tokenizer_json = made.result()
-            with whole_file(folder / "tokenizer.json") as f:
-                f.write(tokenizer_json)
         except BadRow:  # the source has to change, and what is here would not fit it then
             for path in [*folder.glob("*.bin"), folder / "tokenizer.json", folder / PROGRESS, folder / ".lock"]:
                 path.unlink(missing_ok=True)
@@ -1166,9 +1152,7 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
             raise
         keep = "tokens", "documents", "empty_documents", "bytes", "shards"
         splits = {split: {k: done[k] for k in keep} for split, done in progress["splits"].items()}
-        tokenizer = {"name": encoder.name, "sha256": hashlib.sha256(tokenizer_json).hexdigest()}
-        tokenizer |= {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
-        dataset = {"source": progress["source"], "splits": splits, "tokenizer": tokenizer}
+        dataset = {"source": progress["source"], "splits": splits, "tokenizer": progress["tokenizer"]}
         write_text(folder / "dataset.json", json.dumps(dataset, indent=1) + "\n")
         (folder / PROGRESS).unlink()
         (folder / ".lock").unlink()

@@ -182,6 +182,21 @@ def build(cls, values, where: str = ""):
         raise UserError(f"{where}{e}") from e
 
 
+def flat(d: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out = {}
+    for k, v in d.items():
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return out
+
+
+def differences(there: dict, here: dict, ignored=()) -> list[str]:
+    """["a.b 1 there, 2 here", ...] of what two mappings, with sections or without, do not agree in."""
+    there, here = flat(there), flat(here)
+    keys = [k for k in there | here if there.get(k) != here.get(k) and k not in ignored]
+    return [f"{k} {there.get(k)!r} there, {here.get(k)!r} here" for k in keys]
+
+
 def dataset_configs(config: dict) -> dict[str, DatasetConfig]:
     """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and path if the names are the same."""
     sections = {}
@@ -1059,14 +1074,9 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
         fresh = dict.fromkeys(("tokens", "documents", "empty_documents", "bytes", "row", "skip"), 0)
         return {"source": record, "splits": {s: fresh | {"place": None, "shards": []} for s in configs}}
     there = read_json(path)
-    differ = []
-    for split in sorted(record.keys() | there["source"].keys()):
-        new, old = record.get(split, {}), there["source"].get(split, {})
-        names = [k for k in new | old if new.get(k) != old.get(k)]
-        differ += [f"{split}.{k} ({old.get(k)!r} there, {new.get(k)!r} here)" for k in names]
-    if differ:
+    if differ := differences(there["source"], record):
         raise UserError(
-            f"{folder} was prepared from another config: {', '.join(differ)}; choose another path or delete it"
+            f"{folder} was prepared from another config: {'; '.join(differ)}; choose another path or delete it"
         )
     return there if path.name == PROGRESS else None
 

@@ -41,6 +41,7 @@ from prepare_data import (
     UserError,
     build,
     dataset_configs,
+    differences,
     key,
     load_encoder,
     read_config,
@@ -215,13 +216,9 @@ def parent_of_runs(c: Config) -> Path:
 
 def check_folder(c: Config) -> None:
     """Raise UserError if run_dir holds another run."""
-    folder = Path(c.run_dir)
-    if (folder / "final_config.yaml").exists():
-        there, here = flat(read_config(folder / "final_config.yaml")), flat(config_dict(c))
-        differ = [k for k in sorted(there.keys() | here.keys()) if there.get(k) != here.get(k) and k not in FREE_KEYS]
-        if differ:
-            listed = ", ".join(f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in differ)
-            raise UserError(f"{folder} holds a run of another config: {listed}; choose another run_dir")
+    path = Path(c.run_dir) / "final_config.yaml"
+    if path.exists() and (differ := differences(read_config(path), config_dict(c), FREE_KEYS)):
+        raise UserError(f"{c.run_dir} holds a run of another config: {'; '.join(differ)}; choose another run_dir")
 
 
 def choose_folder(c: Config) -> Path:
@@ -238,14 +235,6 @@ def choose_folder(c: Config) -> Path:
     folder = Path(c.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def flat(d: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out = {}
-    for k, v in d.items():
-        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
 
 
 def load_state(folder: Path) -> dict | None:
@@ -286,16 +275,10 @@ def data_tokenizer(c: Config, data: Shards) -> tuple[bytes, int, int]:
 def load_pretrained(model, path: str):
     """Copy the weights that from_pretrained finds at `path` into `model`; where they were. Raises UserError."""
     found, source = pretrained_model(type(model), path)
-    state, own = found.state_dict(), model.state_dict()
-    differ = [
-        f"{k} {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    differ += [f"{k} only {'here' if k in own else 'there'}" for k in own.keys() ^ state.keys()]
-    if differ:
+    shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (found, model)]
+    if differ := differences(*shapes):
         raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ[:8])}")
-    model.load_state_dict(state)
+    model.load_state_dict(found.state_dict())
     return source
 
 

@@ -355,22 +355,19 @@ def text_tokenizers(data: bytes):
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are ours, a batch of documents each
     from tokenizers import Tokenizer
 
-    data = json.dumps(json.loads(data) | {"truncation": None, "padding": None, "post_processor": None})
-    words = without_special_words(data)
-    decoder = Tokenizer.from_str(data)
-    encoder = Tokenizer.from_str(words) if words else decoder
+    parsed = json.loads(data) | {"truncation": None, "padding": None, "post_processor": None}
+    decoder = encoder = Tokenizer.from_str(json.dumps(parsed))
+    if parsed["model"].get("type") in ("WordLevel", "WordPiece", "Unigram"):
+        encoder = Tokenizer.from_str(json.dumps(without_special_words(parsed)))
     for tok in (decoder, encoder):
         tok.encode_special_tokens = True  # '[EOS]' in a document is text
     return decoder, encoder
 
 
-def without_special_words(data: str) -> str | None:
+def without_special_words(tok: dict) -> dict:
     """A tokenizer.json whose model cannot find a special token in text, as WordLevel and Unigram can: '</s>' is a word
-    of their vocabulary. Such words get a name that no text has. None if the model, a BPE, needs no such change."""
-    tok = json.loads(data)
+    of their vocabulary. Such words get a name that no text has."""
     model, special = tok["model"], {t["content"] for t in tok["added_tokens"] if t["special"]}
-    if model.get("type") not in ("WordLevel", "WordPiece", "Unigram"):
-        return None
 
     def hidden(word):
         return f"\U0010ffff{word}" if word in special else word
@@ -381,7 +378,7 @@ def without_special_words(data: str) -> str | None:
     else:
         model["vocab"] = [[hidden(word), score] for word, score in model["vocab"]]
     tok["added_tokens"] = [t for t in tok["added_tokens"] if not t["special"]]
-    return json.dumps(tok)
+    return tok
 
 
 def gpt2_encoder() -> TextEncoder:

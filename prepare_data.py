@@ -895,7 +895,7 @@ def parse_row(source, place, raw, vocab_size: int | None):
         raise BadRow(f"{source.where(place)}: {e}") from e
 
 
-def encode_rows(batch, source, encoder: TextEncoder, is_tokenized: bool):
+def encode_rows(source, encoder: TextEncoder, is_tokenized: bool, batch):
     """[(row, place, raw), ...] -> all tokens, uint16; tokens of each row (n,), 0 if empty; bytes of its text (n,)."""
     if is_tokenized:
         ids = [parse_row(source, place, raw, encoder.vocab_size) for _, place, raw in batch]
@@ -924,21 +924,21 @@ def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
         yield group
 
 
-work = {}  # in a worker: the functions that it was forked with, by name
+work = {}  # in a worker: the tasks that it was forked with, encode_rows with all but a batch, by split
 
 
 @contextlib.contextmanager
-def worker_pool(workers: int, functions: dict, lock):
-    """An Executor whose workers do(name, item), `name` one of `functions`; a single one is a thread of this process.
+def worker_pool(workers: int, tasks: dict, lock):
+    """An Executor whose workers do(split, batch), `split` one of `tasks`; a single one is a thread of this process.
 
-    Workers are forked, so that the functions bring along what they need. UserError if one is killed.
+    Workers are forked, so that the tasks bring along what they need. UserError if one is killed.
     """
     if workers == 1:
-        work.update(functions)
+        work.update(tasks)
         pool = ThreadPoolExecutor(1)
     else:
         fork = multiprocessing.get_context("fork")
-        pool = ProcessPoolExecutor(workers, fork, initializer=begin_work, initargs=(functions, lock))
+        pool = ProcessPoolExecutor(workers, fork, initializer=begin_work, initargs=(tasks, lock))
     interval = sys.getswitchinterval()
     sys.setswitchinterval(interval / 25)  # the threads that feed the workers wait less for this one: 0.96 of the time
     try:
@@ -953,30 +953,29 @@ def worker_pool(workers: int, functions: dict, lock):
         sys.setswitchinterval(interval)
 
 
-def begin_work(functions: dict, lock) -> None:
+def begin_work(tasks: dict, lock) -> None:
     """In a worker that was just forked: leave Ctrl-C and the folder's lock to the parent, and die when it dies."""
-    work.update(functions)
+    work.update(tasks)
     lock.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def do(name: str, *args):
+def do(split: str, batch):
     """A worker's task."""
-    return work[name](*args)
+    return work[split](batch)
 
 
-def ordered_map(pool, name: str, items, workers: int):
-    """Yield (item, its result) in order; few are under way, so that no queue grows."""
+def ordered_map(pool, split: str, batches, workers: int):
+    """Yield (batch, what is made of it) in order; few are under way, so that no queue grows."""
     pending = deque()
-    for item in items:
-        pending.append((item, pool.submit(do, name, item)))
+    for batch in batches:
+        pending.append((batch, pool.submit(do, split, batch)))
         if len(pending) > 2 * workers:
             done, future = pending.popleft()
             yield done, future.result()
-    while pending:
-        done, future = pending.popleft()
+    for done, future in pending:
         yield done, future.result()
 
 
@@ -1134,13 +1133,11 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
                 save()
             elif encoder is None:
                 encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
-            functions = {
-                split: functools.partial(
-                    encode_rows, source=opened[split][0], encoder=encoder, is_tokenized=c.is_tokenized
-                )
+            tasks = {
+                split: functools.partial(encode_rows, opened[split][0], encoder, c.is_tokenized)
                 for split, c in configs.items()
             }
-            with worker_pool(workers, functions, lock) as pool:
+            with worker_pool(workers, tasks, lock) as pool:
                 for split, done in progress["splits"].items():
                     if not done.get("finished"):
                         encode = functools.partial(ordered_map, pool, split, workers=workers)

@@ -425,15 +425,10 @@ def train_bpe(texts, vocab_size: int) -> bytes:
 
     tok = byte_level_bpe(models.BPE())
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=["<|endoftext|>"],
-            initial_alphabet=alphabet,
-            show_progress=False,
-        ),
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
     )
+    tok.train_from_iterator(texts, trainer)
     return tok.to_str().encode()
 
 
@@ -717,19 +712,17 @@ def map_shard(path: Path):
     """The shard `path`: (file, tokens (n,) uint16), open and memory-mapped. UserError if it is not a whole shard."""
     try:
         f = open(path, "rb", buffering=0)
-        header, size = (
-            np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4"),
-            os.fstat(f.fileno()).st_size,
-        )
+        header = np.frombuffer(f.read(HEADER_BYTES).ljust(HEADER_BYTES, b"\0"), "<i4")
+        size, wanted = os.fstat(f.fileno()).st_size, HEADER_BYTES + 2 * int(header[2])
         if header[0] != MAGIC or header[1] != VERSION:
             raise UserError(
                 f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Prepare it again; "
                 "if it is nanoGPT's, bare uint16, put 256 int32 in front: these two, the token count, zeros"
             )
-        if size != HEADER_BYTES + 2 * int(header[2]):
+        if size != wanted:
             raise UserError(
                 f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have "
-                f"{HEADER_BYTES + 2 * int(header[2])} bytes, not {size}; delete its folder and prepare it again"
+                f"{wanted} bytes, not {size}; delete its folder and prepare it again"
             )
         mapped = mmap.mmap(f.fileno(), size, access=mmap.ACCESS_READ)
     except OSError as e:
@@ -1003,8 +996,7 @@ def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, do
     """
     source, start, stop = opened
     writer = ShardWriter(folder, split, shard_tokens, done["shards"])
-    counts = {k: done[k] for k in ("tokens", "documents", "empty_documents", "bytes")}
-    show = progress_line(split, counts["tokens"])
+    show = progress_line(split, done["tokens"])
     rows = read_rows(source, start, stop, done["place"], done["row"])
     again = done["skip"]  # so many tokens of the first document are in the last finished shard, maybe all of them
     for batch, (tokens, lengths, n_bytes) in encode(grouped(rows)):
@@ -1021,23 +1013,23 @@ def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, do
                 upto = len(batch)
             documents = int(np.count_nonzero(lengths[counted:upto]))
             writer.write(tokens[at:end], documents)
-            counts["tokens"] += end - at
-            counts["documents"] += documents
-            counts["empty_documents"] += upto - counted - documents
-            counts["bytes"] += int(n_bytes[counted:upto].sum())
+            done["tokens"] += end - at
+            done["documents"] += documents
+            done["empty_documents"] += upto - counted - documents
+            done["bytes"] += int(n_bytes[counted:upto].sum())
             at, counted = end, upto
             if not full:
                 break
             writer.finish_shard()
-            done.update(counts, row=batch[d][0], place=batch[d][1], skip=int(end - ends[d] + lengths[d]))
+            done.update(row=batch[d][0], place=batch[d][1], skip=int(end - ends[d] + lengths[d]))
             save()
-        show(counts["documents"], counts["tokens"])
-    if not counts["tokens"]:
+        show(done["documents"], done["tokens"])
+    if not done["tokens"]:
         raise BadRow(f"{source.where(batch[-1][1])}: this row and all before it in the {split} split are empty")
     writer.finish_shard()
-    done.update(counts, finished=True)
+    done["finished"] = True
     save()
-    show(counts["documents"], counts["tokens"], last=True)
+    show(done["documents"], done["tokens"], last=True)
 
 
 # -----------------------------------------------------------------------------
@@ -1213,12 +1205,8 @@ def trained_encoder(c: DatasetConfig, opened) -> TextEncoder:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text or tokens in, shards out.")
     parser.add_argument("config", help="the run's YAML")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.split=train[:1%%]"
-    )
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="processes that encode (default: all cores)"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.name=my.txt")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes to encode (default: all cores)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100M)")
     parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
     parser.add_argument("--peek", type=int, metavar="N", help="print the first N documents of each split, decoded")

@@ -167,10 +167,8 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
     position, window (B,): place in the training stream and number of the window; shard (B,): the file in which the
     window begins; offset (B,): its first token there; tokens (B, n_ctx) uint16. Raises UserError without the shards.
     """
-    c, section = (
-        info.config_dict,
-        build(DatasetConfig, info.config_dict["train_dataset_config"], "train_dataset_config."),
-    )
+    c = info.config_dict
+    section = build(DatasetConfig, c["train_dataset_config"], "train_dataset_config.")
     if not 1 <= update <= c["num_iterations"]:
         raise UserError(f"update {update} is not one of this run's: they go from 1 to {c['num_iterations']}")
     data = Shards(section.folder(), "train", f"python prepare_data.py {info.folder / 'final_config.yaml'}")

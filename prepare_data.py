@@ -9,6 +9,7 @@ source and the config alone. This file owns the shard: its header, its writer, i
 """
 
 import argparse
+import codecs
 import contextlib
 import dataclasses
 import datetime
@@ -199,12 +200,13 @@ def differences(there: dict, here: dict, ignored=()) -> list[str]:
 
 def dataset_configs(config: dict) -> dict[str, DatasetConfig]:
     """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and path if the names are the same."""
-    sections = {}
-    for split in ("train", "val"):
-        name = f"{split}_dataset_config"
+    sections, names = {}, ("train_dataset_config", "val_dataset_config")
+    for found in map(str, config):
+        if found not in names and (near := difflib.get_close_matches(found, names, n=1, cutoff=0.8)):
+            raise UserError(f"unknown key {found}; the nearest valid key is {near[0]}")
+    for split, name in zip(("train", "val"), names, strict=True):
         if name not in config:
-            near = difflib.get_close_matches(name, map(str, config), n=1)
-            raise UserError(f"missing key {name}: the {split} data" + (f" ({near[0]} is unknown)" if near else ""))
+            raise UserError(f"missing key {name}: the {split} data")
         sections[split] = build(DatasetConfig, config[name], f"{name}.")
         if not sections[split].name:
             raise UserError(f"{name}.name is empty: name a dataset, a file or python-stdlib")
@@ -302,8 +304,7 @@ def load_encoder(name: str) -> TextEncoder:
     """The tokenizer `gpt2`, at a hub id, in a tokenizer.json, or in a folder with one. UserError if there is none."""
     if name == "gpt2":
         return gpt2_encoder()
-    local = Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
-    settings = {}
+    local, settings = tokenizer_file(name), {}
     try:
         if local.suffix == ".json":
             data = local.read_bytes()
@@ -321,29 +322,34 @@ def load_encoder(name: str) -> TextEncoder:
             f"cannot read the tokenizer {where} ({type(e).__name__}): check its name and, for a hub id, the network; "
             "without one, set hf_tokenizer_path to a tokenizer.json on disk"
         ) from e
-    return json_encoder(name, data, settings.get("eos_token"))
+    return json_encoder(name, data, settings.get("eos_token") if isinstance(settings, dict) else None)
+
+
+def tokenizer_file(name: str) -> Path:
+    """Where the tokenizer `name` is, if it is on disk."""
+    return Path(name) / "tokenizer.json" if os.path.isdir(name) else Path(name)
 
 
 def json_encoder(name: str, data: bytes, eos=None) -> TextEncoder:
     """A tokenizer from the bytes of its tokenizer.json; `eos` is tokenizer_config.json's eos_token, if there is one."""
     try:
         tok, reader = text_tokenizers(data)
+        vocab_size = max(tok.get_vocab().values()) + 1
     except Exception as e:
         raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
 
     def encode_batch(texts):
         return [e.ids for e in reader.encode_batch_fast(texts, add_special_tokens=False)]
 
-    vocab_size, eos_token_id = max(tok.get_vocab().values()) + 1, find_eos(tok, name, eos)
-    return TextEncoder(name, data, vocab_size, eos_token_id, encode_batch, tok.decode_batch)
+    return TextEncoder(name, data, vocab_size, find_eos(tok, name, eos), encode_batch, tok.decode_batch)
 
 
 def find_eos(tok, name: str, eos=None) -> int:
     """The id that ends a document: that of `eos`, if it is given, or of the first of EOS_NAMES that `tok` knows."""
-    names = [eos["content"] if isinstance(eos, dict) else eos] if eos else EOS_NAMES
-    found = [i for i in map(tok.token_to_id, names) if i is not None]
+    names = [eos.get("content") if isinstance(eos, dict) else eos] if eos else EOS_NAMES
+    found = [i for n in names if isinstance(n, str) and (i := tok.token_to_id(n)) is not None]
     if not found:
-        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
+        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(map(str, names))}")
     return found[0]
 
 
@@ -356,8 +362,9 @@ def text_tokenizers(data: bytes):
     from tokenizers import Tokenizer
 
     parsed = json.loads(data) | {"truncation": None, "padding": None, "post_processor": None}
+    parsed["model"] |= {"dropout": None} if "dropout" in parsed["model"] else {}  # of a BPE's merges, at random
     decoder = encoder = Tokenizer.from_str(json.dumps(parsed))
-    if parsed["model"].get("type") in ("WordLevel", "WordPiece", "Unigram"):
+    if "merges" not in parsed["model"] or parsed["model"].get("ignore_merges"):
         encoder = Tokenizer.from_str(json.dumps(without_special_words(parsed)))
     for tok in (decoder, encoder):
         tok.encode_special_tokens = True  # '[EOS]' in a document is text
@@ -365,8 +372,8 @@ def text_tokenizers(data: bytes):
 
 
 def without_special_words(tok: dict) -> dict:
-    """A tokenizer.json whose model cannot find a special token in text, as WordLevel and Unigram can: '</s>' is a word
-    of their vocabulary. Such words get a name that no text has."""
+    """A tokenizer.json whose model cannot find a special token in text, as all but a BPE that merges can: '</s>' is a
+    word of their vocabulary. Such words get a name that no text has."""
     model, special = tok["model"], {t["content"] for t in tok["added_tokens"] if t["special"]}
 
     def hidden(word):
@@ -374,7 +381,8 @@ def without_special_words(tok: dict) -> dict:
 
     if isinstance(model["vocab"], dict):
         model["vocab"] = {hidden(word): i for word, i in model["vocab"].items()}
-        model["unk_token"] = hidden(model["unk_token"])
+        if model.get("unk_token"):
+            model["unk_token"] = hidden(model["unk_token"])
     else:
         model["vocab"] = [[hidden(word), score] for word, score in model["vocab"]]
     tok["added_tokens"] = [t for t in tok["added_tokens"] if not t["special"]]
@@ -465,6 +473,8 @@ class Files:
             read = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text}[self.kinds[i]]
             try:
                 with self.open(path) as f:
+                    if offset == 0 and f.read(3) == codecs.BOM_UTF8:
+                        offset = 3
                     f.seek(offset)
                     for at, number, raw in read(f, offset, line):
                         line = number
@@ -481,7 +491,8 @@ class Files:
         try:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as e:
-            raise ValueError(f"invalid UTF-8 (byte {raw[e.start]:#04x})") from e
+            lines = raw.count(b"\n", 0, e.start)
+            raise ValueError(f"invalid UTF-8 (byte {raw[e.start]:#04x}{f', {lines} lines on' * (lines > 0)})") from e
         if self.kinds[place[0]] != ".jsonl":
             return text
         try:
@@ -544,8 +555,9 @@ class Hub:
         datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, in its words, what it also raises
         self.name, self.column = name, column
         path, files = name, None
-        if os.path.isfile(name) or (glob.has_magic(name) and glob.glob(name)):
-            path, files = os.path.split(os.path.abspath(name))
+        if found := [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True) * glob.has_magic(name)):
+            files = [glob.escape(os.path.abspath(f)) for f in found if os.path.isfile(f)]
+            path = os.path.dirname(files[0])
         with self.blamed(f"cannot read {name} (split {split})"):
             self.stream = datasets.load_dataset(path, data_files=files, split=split, streaming=True, revision=revision)
             columns = self.stream.column_names or list(next(iter(self.stream), {column: None}))
@@ -596,21 +608,53 @@ def local_files(c: DatasetConfig) -> list[Path] | None:
         return stdlib_files()
     path = Path(c.name)
     if path.is_dir():
-        files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".") and p.suffix != ".md"]
+        files = files_below(path, c.folder())
     elif glob.has_magic(c.name) and not path.exists():
-        files = [Path(p) for p in glob.glob(c.name, recursive=True) if os.path.isfile(p)]
+        files = [p for p in map(Path, glob.glob(c.name, recursive=True)) if p.is_file() and is_data(p, c.folder())]
         if not files and kind_of(path) in (".txt", ".jsonl"):
             raise UserError(f"no file matches {c.name}")
     else:
         files = [path]
     if any(p.name.endswith(".txt.zst") for p in files):
         raise UserError(f"{c.name}: .zst is read row by row, as .jsonl.zst; pack text as .txt.gz instead")
-    kinds = {kind_of(p) for p in files}
-    if not files or not kinds <= {".txt", ".jsonl"}:
+    others = [p for p in files if kind_of(p) not in (".txt", ".jsonl")]
+    if not files or len(others) == len(files):
         return None
-    if path.is_dir() and kinds == {".jsonl"} and any(re.search(r"test|val|dev", p.name) for p in files):
+    if others:
+        raise UserError(f"{c.name} holds {others[0].name} beside .txt or .jsonl: name one kind, such as {path}/*.jsonl")
+    splits = [p for p in files if path.is_dir() and HELD_OUT.search(p.relative_to(path).as_posix())]
+    if splits and all(kind_of(p) == ".jsonl" for p in files):
         return None  # a hub repository with splits: datasets knows which file is which
+    if splits:
+        raise UserError(
+            f"{c.name} holds {splits[0].name}, of another split it seems: name the files of one with a glob"
+        )
     return sorted(files)
+
+
+HELD_OUT = re.compile(r"(^|[-._ 0-9/])(valid|validation|val|dev|test|testing|eval|evaluation)([-._ 0-9/]|$)")
+
+
+def files_below(root: Path, shards: Path) -> list[Path]:
+    """The files with data in a folder and in those below it; UserError if one cannot be looked into."""
+
+    def stop(e: OSError):
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from e
+
+    files = []
+    for folder, below, names in os.walk(root, onerror=stop, followlinks=True):
+        below[:] = [b for b in below if not b.startswith(".")]
+        files += [path for n in names if is_data(path := Path(folder) / n, shards)]
+    for path in files:
+        if not path.exists():
+            raise UserError(f"{path} is a link to what is not there: mend or delete it")
+    return files
+
+
+def is_data(path: Path, shards: Path) -> bool:
+    """Whether a file is part of a corpus: no README.md, LICENSE or hidden file, nor what was prepared from it."""
+    prepared = path.parent == shards and (path.suffix == ".bin" or path.name in ("dataset.json", "tokenizer.json"))
+    return not (path.name.startswith(".") or path.suffix in ("", ".md") or prepared)
 
 
 def open_source(c: DatasetConfig):
@@ -742,7 +786,11 @@ class Shards:
             entries = self.info["splits"].get(split, {}).get("shards", [])
             self.files = [folder / e["file"] for e in entries]
         else:  # llm.c's or modded-nanogpt's, unless a preparation is under way
-            self.files = [] if (folder / PROGRESS).exists() else sorted(folder.glob(f"*{split}*.bin"))
+            named = re.compile(
+                rf"([^.].*[^a-z])?{split}(idation)?([^a-z].*)?\.bin"
+            )  # not retrieval_train_0.bin for val
+            found = [p for p in folder.glob("*.bin") if named.fullmatch(p.name)]
+            self.files = [] if (folder / PROGRESS).exists() else sorted(found)
         if not self.files:
             raise UserError(f"no finished {split} shards in {folder}: run {prepare}")
         for f in self.files:
@@ -895,7 +943,11 @@ def encode_rows(source, encoder: TextEncoder, is_tokenized: bool, batch):
         eos, texts = 0, encoder.decode_batch(ids)
     else:
         texts = [parse_row(source, place, raw, None) for _, place, raw in batch]
-        ids = encoder.encode_batch(texts)
+        try:
+            ids = encoder.encode_batch(texts)
+        except Exception as e:  # such as a tokenizer that has no token for what it does not know
+            where = f"{source.where(batch[0][1])}, or one of the {len(batch) - 1} rows after it"
+            raise BadRow(f"{where}: the tokenizer {encoder.name} cannot encode it: {e}") from e
         eos = np.array([len(t) > 0 for t in texts], np.int64)
     lengths = np.array([len(i) for i in ids], np.int64) + eos
     tokens = np.full(lengths.sum(), encoder.eos_token_id, np.uint16)
@@ -936,6 +988,9 @@ def worker_pool(workers: int, tasks: dict, lock):
     sys.setswitchinterval(interval / 25)  # the threads that feed the workers wait less for this one: 0.96 of the time
     try:
         yield pool
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one, while the workers end, would leave them waiting
+        raise
     except BrokenProcessPool as e:
         raise UserError(
             "a worker was killed, perhaps for want of memory; the same command goes on after the last finished shard, "
@@ -1042,10 +1097,10 @@ def identity(c: DatasetConfig, shard_tokens: int) -> dict:
     """What the bytes of a split depend on, told without reading the source."""
     about = {k: getattr(c, k) for k in ("name", "split", "column_name", "is_tokenized", "revision")}
     about["tokenizer"] = c.hf_tokenizer_path or f"trained, {c.train_tokenizer_vocab_size}"
-    if c.hf_tokenizer_path and os.path.isfile(c.hf_tokenizer_path):
-        about["tokenizer_sha256"] = sha256_file(Path(c.hf_tokenizer_path))
-    files = local_files(c) or [Path(p) for p in glob.glob(c.name)]
-    files = [f for p in files for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if f.is_file()]
+    if c.hf_tokenizer_path and tokenizer_file(c.hf_tokenizer_path).is_file():
+        about["tokenizer_sha256"] = sha256_file(tokenizer_file(c.hf_tokenizer_path))
+    files = local_files(c) or [Path(p) for p in glob.glob(c.name, recursive=True)]
+    files = [f for p in files for f in (sorted(files_below(p, c.folder())) if p.is_dir() else [p])]
     if files:
         listing = json.dumps([[p.name, p.stat().st_size] for p in files])
         about |= {"files": len(files), "names_and_sizes": hashlib.sha256(listing.encode()).hexdigest()}
@@ -1057,8 +1112,10 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
     record = {split: identity(c, shard_tokens) for split, c in configs.items()}
     path = next((folder / name for name in ("dataset.json", PROGRESS) if (folder / name).exists()), None)
     if path is None:
-        if any(folder.glob("*.bin")):
-            raise UserError(f"{folder} holds .bin files that were not written here: choose another path")
+        given = tokenizer_file(next(iter(configs.values())).hf_tokenizer_path or "")
+        for found in (*folder.glob("*.bin"), *folder.glob("tokenizer.json")):
+            if found.absolute() != given.absolute():
+                raise UserError(f"{found} was not written by a preparation: choose another path")
         fresh = dict.fromkeys(("tokens", "documents", "empty_documents", "bytes", "row", "skip"), 0)
         return {"source": record, "splits": {s: fresh | {"place": None, "shards": []} for s in configs}}
     there = read_json(path)
@@ -1066,6 +1123,11 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
         raise UserError(
             f"{folder} was prepared from another config: {'; '.join(differ)}; choose another path or delete it"
         )
+    for name, size in (
+        (e["file"], HEADER_BYTES + 2 * e["tokens"]) for s in there["splits"].values() for e in s["shards"]
+    ):
+        if not (folder / name).exists() or (folder / name).stat().st_size != size:
+            raise UserError(f"the shard {folder / name} is gone or cut short: delete {folder} and prepare it again")
     return there if path.name == PROGRESS else None
 
 
@@ -1116,15 +1178,19 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
             write_text(folder / PROGRESS, json.dumps(progress))
 
         try:
+            save()
+            if encoder is None and "tokenizer" in progress:
+                encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
+            encoder = encoder or trained_encoder(configs["train"], opened["train"])
+            about = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
+            about |= {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
+            if differ := differences(progress.get("tokenizer", about), about):
+                raise UserError(f"{folder} was begun with another tokenizer: {'; '.join(differ)}; delete it")
             if "tokenizer" not in progress:
-                encoder = encoder or trained_encoder(configs["train"], opened["train"])
                 with whole_file(folder / "tokenizer.json") as f:
                     f.write(encoder.json)
-                about = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
-                progress["tokenizer"] = about | {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
+                progress["tokenizer"] = about
                 save()
-            elif encoder is None:
-                encoder = json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
             tasks = {
                 split: functools.partial(encode_rows, opened[split][0], encoder, c.is_tokenized)
                 for split, c in configs.items()
@@ -1135,10 +1201,12 @@ def prepare_folder(folder: Path, configs, opened, encoder, workers: int, shard_t
                         encode = functools.partial(ordered_map, pool, split, workers=workers)
                         encode_split(folder, split, opened[split], encode, shard_tokens, done, save)
         except BadRow:  # the source has to change, and what is here would not fit it then
-            for path in [*folder.glob("*.bin"), folder / "tokenizer.json", folder / PROGRESS, folder / ".lock"]:
+            given = tokenizer_file(configs.popitem()[1].hf_tokenizer_path or "")
+            for path in [*folder.glob("*.bin"), *folder.glob(".*.part"), *folder.glob("tokenizer.json")]:
+                if path.absolute() != given.absolute():
+                    path.unlink()
+            for path in (folder / PROGRESS, folder / ".lock"):
                 path.unlink(missing_ok=True)
-            for path in folder.glob(".*.part"):
-                path.unlink()
             for path in new:
                 path.rmdir()
             raise
@@ -1177,6 +1245,9 @@ def verify(folder: Path, prepare: str) -> None:
             ends = int(np.count_nonzero(tokens == eos))
             if ends != entry["documents"] and not info["source"][split]["is_tokenized"]:
                 raise UserError(f"the shard {path} has {ends} EOS for {entry['documents']} documents: {again}")
+        for name in ("tokens", "documents"):
+            if about[name] != sum(entry[name] for entry in about["shards"]):
+                raise UserError(f"dataset.json counts {about[name]} {name} in {split}, its shards hold others: {again}")
         print(f"{folder}: {split} is sound, {about['tokens']:,} tokens in {len(data.files)} shards")
 
 
@@ -1187,7 +1258,10 @@ def peek(folder: Path, split: str, n: int, prepare: str) -> None:
     data = Shards(folder, split, prepare)
     if not data.info:
         raise UserError(f"{folder} has no dataset.json, which says where documents end: run {prepare}")
-    tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    try:
+        tok = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as e:
+        raise UserError(f"cannot read {folder / 'tokenizer.json'} ({e}): delete {folder} and run {prepare}") from e
     tokens = data.tokens(0, min(data.n_tokens, 1 << 24))
     ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:n] + 1
     for i, ids in enumerate(np.split(tokens[: ends[-1]] if len(ends) else tokens, ends[:-1]), 1):
@@ -1212,8 +1286,10 @@ def main() -> None:
     parser.add_argument("--peek", type=int, metavar="N", help="print the first N documents of each split, decoded")
     args = parser.parse_intermixed_args()
     try:
-        if args.workers < 1 or args.shard_tokens < 1:
-            raise UserError("--workers and --shard-tokens must be at least 1")
+        if min(args.workers, args.shard_tokens, 1 if args.peek is None else args.peek) < 1:
+            raise UserError("--workers, --shard-tokens and --peek must be at least 1")
+        if args.shard_tokens >= 2**31:
+            raise UserError(f"--shard-tokens {args.shard_tokens}: a shard's header counts to {2**31 - 1}")
         config = read_config(args.config, args.overrides)
         model = config.get("model")
         vocab_size = model.get("vocab_size") if isinstance(model, dict) else None

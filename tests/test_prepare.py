@@ -4,6 +4,7 @@ import fcntl
 import glob
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -303,7 +304,7 @@ def is_utf8(data: bytes) -> bool:
         return False
 
 
-@pytest.mark.parametrize("kind", ["words", "unigram"])
+@pytest.mark.parametrize("kind", ["words", "unigram", "without a type", "BPE that looks whole words up"])
 def test_special_names_are_text(here, kind):
     """A tokenizer whose model would take its EOS's name for a word must not find it in text: EOS count = documents."""
     spec = json.loads(words_json(["the", "end"])) | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
@@ -311,6 +312,11 @@ def test_special_names_are_text(here, kind):
         pieces = [["[UNK]", 0.0], ["[EOS]", 0.0], *([c, -5.0] for c in "▁thend[]EOS")]
         spec["model"] = {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False}
         spec["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    if kind == "without a type":
+        del spec["model"]["type"]
+    if kind == "BPE that looks whole words up":
+        spec["model"] = {"type": "BPE", "vocab": spec["model"]["vocab"], "merges": [], "ignore_merges": True}
+        spec["model"]["vocab"] |= {c: 4 + i for i, c in enumerate("thend[]EOS")}
     docs = ["the end", "the [EOS] end", "[EOS]"]
     write_files(here, {"words.json": json.dumps(spec), "docs.jsonl": jsonl(docs)})
     write_files(here, {"config.yaml": config({"hf_tokenizer_path": "words.json"})})
@@ -368,13 +374,21 @@ def test_trained_bpe_is_deterministic(here):
     check_split(here / "a", "train", encoded(docs[:200], Path("a/tokenizer.json").read_text()), 10**8)
 
 
-def test_trained_bpe_leaves_no_stale_tokenizer(here):
-    """A tokenizer.json whose preparation got no further may be of another config."""
-    trained = {"hf_tokenizer_path": None, "train_tokenizer_vocab_size": 400}
-    write_files(here, {"docs.jsonl": jsonl(DOCS), "config.yaml": config(trained)})
-    write_files(here, {"out/tokenizer.json": bpe_json()})
-    prepare()
-    assert json.loads(Path("out/dataset.json").read_text())["tokenizer"]["vocab_size"] == 400
+@pytest.mark.parametrize("own", [False, True], ids=["another's", "the config's"])
+def test_a_tokenizer_that_was_there_before_stays(here, run_here, own):
+    keys = {"hf_tokenizer_path": "out/tokenizer.json"} if own else {}
+    write_files(here, {"out/tokenizer.json": TINY, "config.yaml": config(keys)})
+    for line in (b"{", b""):
+        write_files(here, {"docs.jsonl": jsonl(DOCS) + line})
+        done, files = run_here("prepare_data.py", "config.yaml", "--shard-tokens", 100), tree(Path("out"))
+        if not own:
+            refused(done, "out/tokenizer.json", "choose another path")
+        elif line:
+            refused(done, "docs.jsonl, line 61")
+        else:
+            assert done.returncode == 0 and files.pop("dataset.json") and stream(Path("out"), "train")
+            continue
+        assert files == {"tokenizer.json": hashlib.sha256(TINY.encode()).hexdigest()}
 
 
 # -----------------------------------------------------------------------------
@@ -459,6 +473,20 @@ def test_ctrl_c(slow):
     resumed(slow, "ctrl_c")
 
 
+@pytest.mark.parametrize("pause", [0.01, 0.1, 0.6])
+def test_ctrl_c_twice(slow, pause):
+    """A second one comes while the workers end."""
+
+    def twice(pid):
+        os.killpg(pid, signal.SIGINT)
+        time.sleep(pause)
+        return [-pid] if Path(f"/proc/{pid}/exe").exists() else []
+
+    started, stderr = interrupted(slow, f"twice{pause}", signal.SIGINT, 3, whom=twice)
+    assert started.returncode > 0 and "Traceback" not in stderr, stderr
+    resumed(slow, f"twice{pause}")
+
+
 def test_killed_worker(slow):
     """As by a kernel that is out of memory."""
     started, stderr = interrupted(slow, "worker", signal.SIGKILL, 3, whom=lambda pid: workers_of(pid)[:1])
@@ -491,6 +519,24 @@ def test_workers_hold_no_lock(slow):
     finally:
         for worker in stopped:
             os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("damage", [os.unlink, lambda path: os.truncate(path, 1100)], ids=["gone", "cut"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_shard_lost_meanwhile_is_missed(here, run_here, finished, damage):
+    write_files(here, {"docs.jsonl": jsonl(DOCS), "config.yaml": config({})})
+    assert prepare_until(10**9 if finished else 8, "--shard-tokens", 100) == finished
+    damage("out/train_000000.bin")
+    refused(run_here("prepare_data.py", "config.yaml", "--shard-tokens", 100), "out/train_000000.bin", "delete out")
+
+
+@pytest.mark.parametrize("changed", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_changed_meanwhile_is_refused(here, run_here, bpe, changed):
+    keys = {"hf_tokenizer_path": "tok"}
+    write_files(here, {"docs.jsonl": jsonl(DOCS), "config.yaml": config(keys), "tok/tokenizer.json": TINY})
+    assert not prepare_until(8, "--shard-tokens", 100)
+    write_files(here, {f"tok/{changed}": bpe if changed == "tokenizer.json" else '{"eos_token": "[UNK]"}'})
+    refused(run_here("prepare_data.py", "config.yaml", "--shard-tokens", 100), "tokenizer", "another")
 
 
 def test_resume_reads_on(slow):
@@ -728,6 +774,17 @@ LOCAL = {
     "jsonl without last newline": ({"a.jsonl": jsonl(WORDS).rstrip(b"\n")}, "a.jsonl", {}, WORDS, 0),
     "jsonl with blank lines": ({"a.jsonl": b"\n" + jsonl(WORDS).replace(b"\n", b"\n \n")}, "a.jsonl", {}, WORDS, 0),
     "jsonl.gz": ({"a.jsonl.gz": jsonl(WORDS)}, "a.jsonl.gz", {}, WORDS, 0),
+    "txt with a byte order mark": ({"a.txt": b"\xef\xbb\xbf" + separated(WORDS)}, "a.txt", {}, WORDS, 0),
+    "jsonl with a byte order mark": ({"a.jsonl": b"\xef\xbb\xbf" + jsonl(WORDS)}, "a.jsonl", {}, WORDS, 0),
+    "folder with files about it": (
+        {f"b/{name}": "not this" for name in ("README.md", "LICENSE", ".x.txt", ".git/x.txt", "c/.d/x.txt")}
+        | {"b/medieval.txt": separated(WORDS[:9]), "b/z/latest.txt": separated(WORDS[9:])},
+        "b",
+        {},
+        WORDS,
+        0,
+    ),
+    "glob with files about it": ({"b/a.txt": separated(WORDS), "b/README.md": "not this"}, "b/*", {}, WORDS, 0),
     "glob": (
         {"b/x2.jsonl": jsonl(WORDS[20:]), "b/x10.jsonl": jsonl(WORDS[:20]), "b/y.jsonl": jsonl(["not this"])},
         "b/x*.jsonl",
@@ -792,6 +849,40 @@ def test_txt_separators(tmp_path_factory, lines, newline, last):
     except pd.UserError:
         found = []
     assert [d for d in found if d] == [d for d in documents if d]
+
+
+@pytest.mark.parametrize("path", ["b", "b/shards"])
+def test_shards_within_the_folder_of_the_source(here, path):
+    """They are not taken for a part of it."""
+    write_files(here, {"b/docs.jsonl": jsonl(DOCS), "config.yaml": config({"name": "b", "path": path})})
+    assert not prepare_until(8, "--shard-tokens", 100)
+    prepare_here("--shard-tokens", 100)
+    before = tree(here)
+    prepare_here("--shard-tokens", 100)
+    assert tree(here) == before
+    assert stream(here / path, "train") == [*itertools.chain(*encoded(DOCS))]
+
+
+def test_links_in_a_folder(here, run_here):
+    write_files(here, {"far/a.jsonl": jsonl(DOCS), "config.yaml": config({"name": "b"})})
+    (here / "b").mkdir()
+    (here / "b" / "c").symlink_to(here / "far")
+    prepare_here()
+    assert stream(here / "out", "train") == [*itertools.chain(*encoded(DOCS))]
+    shutil.rmtree("out")
+    (here / "b" / "d.jsonl").symlink_to("nowhere")
+    refused(run_here("prepare_data.py", "config.yaml"), "b/d.jsonl", "link")
+
+
+def test_dropout_of_merges_is_left_out(here, bpe):
+    """The bytes depend on source and config alone."""
+    spec = json.loads(bpe)
+    spec["model"]["dropout"] = 0.5
+    write_files(here, {"d.json": json.dumps(spec), "bpe.json": bpe, "docs.jsonl": jsonl(DOCS)})
+    for name in ("d", "bpe"):
+        write_files(here, {"config.yaml": config({"hf_tokenizer_path": f"{name}.json", "path": name})})
+        prepare_here()
+    assert Path("d/train_000000.bin").read_bytes() == Path("bpe/train_000000.bin").read_bytes()
 
 
 def stdlib() -> dict[str, str]:
@@ -873,6 +964,17 @@ def test_tables(tables, monkeypatch, kind, tmp_path):
     write_files(tables, {"config.yaml": config(train | keys, val)})
     prepare_here()
     assert known(WORDS, tmp_path / "out") == train_docs and known(WORDS, tmp_path / "out", "val") == val_docs
+
+
+@pytest.mark.parametrize("name", ["s/*/*.parquet", "s/**/*.parquet", "s/[ab]/x[[]1].parquet"])
+def test_globs_of_tables(here, name):
+    for folder, docs in (("a", WORDS[:9]), ("b", WORDS[9:])):
+        (here / "s" / folder).mkdir(parents=True)
+        parquet(here / "s" / folder / "x[1].parquet", docs)
+    write_files(here, {"words.json": words_json(WORDS)})
+    write_files(here, {"config.yaml": config({"name": name, "hf_tokenizer_path": "words.json"})})
+    prepare_here()
+    assert known(WORDS) == WORDS
 
 
 def test_hub_layout(tables, monkeypatch, tmp_path):
@@ -1178,6 +1280,17 @@ def test_damaged_shards(here, kind):
             pd.Shards(here / "out", "train", "")
 
 
+def test_splits_of_foreign_shards_by_their_names(here):
+    names = {
+        "train": ["a_train_01.bin", "a_train_02.bin", "train.bin"],
+        "val": ["a_val_000001.bin", "validation_2.bin"],
+    }
+    for name in (*names["train"], *names["val"], "retrieval_01.bin", "._a_train_01.bin", "strain.bin"):
+        write_shard(here / name, [1, 2])
+    for split, found in names.items():
+        assert [f.name for f in pd.Shards(here, split, "").files] == found
+
+
 def test_no_shards(here):
     with pytest.raises(pd.UserError, match=r"python prepare_data\.py x\.yaml"):
         pd.Shards(here / "out", "train", "python prepare_data.py x.yaml")
@@ -1210,8 +1323,17 @@ VERIFIED = {
     "an id that is none": (lambda: put_token(EOS, 65535), ["train_000001.bin", "65535"]),
     "an EOS less": (lambda: put_token(EOS, 5), ["train_000001.bin", "EOS"]),
     "another tokenizer": (lambda: flip("out/tokenizer.json", 50), ["tokenizer.json"]),
+    "another sum": (lambda: count_more("tokens"), ["dataset.json", "tokens"]),
+    "more documents": (lambda: count_more("documents"), ["dataset.json", "documents"]),
     "nothing there": (lambda: shutil.rmtree("out"), ["out", "python prepare_data.py config.yaml"]),
 }
+
+
+def count_more(what: str) -> None:
+    """Let dataset.json say that the train split has one more."""
+    about = json.loads(Path("out/dataset.json").read_text())
+    about["splits"]["train"][what] += 1
+    Path("out/dataset.json").write_text(json.dumps(about))
 
 
 def flip(path, at: int) -> None:
@@ -1252,6 +1374,8 @@ def test_peek(here, bpe, run_here):
     assert run_here("prepare_data.py", "config.yaml", "--peek", 2).stdout == "".join(shown)
     again = run_here("prepare_data.py", "config.yaml", "--peek", 99).stdout
     assert again.count("--- train document") == 3 and again.count("--- val document") == 1
+    os.unlink("out/tokenizer.json")
+    refused(run_here("prepare_data.py", "config.yaml", "--peek", 2), "out/tokenizer.json", "python prepare_data.py")
 
 
 # -----------------------------------------------------------------------------
@@ -1339,6 +1463,7 @@ BAD = {
     "missing key": ({"config.yaml": without("n_ctx")}, [], [f"{T}.n_ctx"]),
     "missing name": ({"config.yaml": without("name")}, [], [f"{T}.name"]),
     "missing section": ({"config.yaml": {T: GOOD[T]}}, [], ["val_dataset_config"]),
+    "misspelt section of an override": ({}, ["train_dataset_confg.split=train[:1]"], ["train_dataset_confg", T]),
     "misspelt section": ({"config.yaml": {"train_dataset": GOOD[T]}}, [], [T, "train_dataset"]),
     "section is a value": ({}, [f"{T}=3"], [T]),
     "mistyped number": ({}, [f"{T}.n_ctx=many"], [f"{T}.n_ctx", "whole number", "many"]),
@@ -1351,6 +1476,9 @@ BAD = {
     "override that is not YAML": ({}, [f"{T}.name=["], [f"{T}.name"]),
     "no workers": ({}, ["--workers", "0"], ["--workers"]),
     "no shards": ({}, ["--shard-tokens", "0"], ["--shard-tokens"]),
+    "a shard beyond its header": ({}, ["--shard-tokens", "3000000000"], ["3000000000", "2147483647"]),
+    "a peek at nothing": ({}, ["--peek", "0"], ["--peek"]),
+    "a peek backwards": ({}, ["--peek", "-1"], ["--peek"]),
     # splits
     "split syntax": ({}, [f"{T}.split=train[5"], ["train[5"]),
     "split of fractions": ({}, [f"{T}.split=train[:0.5]"], ["train[:0.5]"]),
@@ -1370,7 +1498,8 @@ BAD = {
     "column of null": ({"docs.jsonl": broken(b'{"text": null}', 9)}, [], ["docs.jsonl", "line 9", "text"]),
     "column of lists": ({"docs.jsonl": broken(b'{"text": ["a"]}', 9)}, [], ["docs.jsonl", "line 9", "text"]),
     "invalid UTF-8": ({"docs.jsonl": broken(b'{"text": "\xff"}', 5)}, [], ["docs.jsonl", "line 5", "UTF-8"]),
-    "txt not UTF-8": ({"a.txt": b"a\n<|endoftext|>\n\xe9\n"}, [f"{T}.name=a.txt"], ["a.txt", "UTF-8"]),
+    "txt not UTF-8": ({"a.txt": b"a\n<|endoftext|>\n\xe9\n"}, [f"{T}.name=a.txt"], ["a.txt, line 3: ", "UTF-8"]),
+    "txt not UTF-8 further on": ({"a.txt": b"a\nb\n\xe9\n"}, [f"{T}.name=a.txt"], ["a.txt, line 1: ", "2 lines on"]),
     "lone surrogate": ({"docs.jsonl": broken(b'{"text": "a\\ud83d"}', 12)}, [], ["docs.jsonl", "line 12", "surrogate"]),
     "empty file": ({"docs.jsonl": b""}, [], ["docs.jsonl", "empty"]),
     "empty txt": ({"a.txt": b""}, [f"{T}.name=a.txt"], ["a.txt", "empty"]),
@@ -1397,7 +1526,19 @@ BAD = {
         [f"{T}.name=a.jsonl", f"{T}.column_name=ids", f"{T}.is_tokenized=true"],
         ["a.jsonl", "line 2"],
     ),
+    "two kinds of file": (
+        {"s/a.jsonl": jsonl(DOCS), "s/b.parquet": "x"},
+        [f"{T}.name=s"],
+        ["s holds b.parquet beside", "s/*.jsonl"],
+    ),
+    "text of two splits": ({"s/train.txt": "a", "s/test.txt": "b"}, [f"{T}.name=s"], ["s holds test.txt", "split"]),
     # tokenizers
+    "a tokenizer without words": ({"tiny.json": words_json([]).replace('"[EOS]": 1', "")}, [], ["tiny.json"]),
+    "no token for what is unknown": (
+        {"tiny.json": words_json(["a"]).replace('"[UNK]": 0', '"?": 0'), "docs.jsonl": jsonl(["a", "zebra"])},
+        [],
+        ["docs.jsonl, line 1, or one of the 1 rows after it", "tiny.json"],
+    ),
     "no tokenizer": ({"tiny.json": None}, [], ["tiny.json"]),
     "tokenizer is a folder": ({"t/x": ""}, [f"{T}.hf_tokenizer_path=t"], ["t"]),
     "broken tokenizer": ({"tiny.json": TINY[:-20]}, [], ["tiny.json"]),

@@ -1154,7 +1154,9 @@ def prepare(sections: dict[str, DatasetConfig], model_vocab_size: int | None, wo
     for split, (source, start, stop) in opened.items():
         first = next(read_rows(source, start, stop), None)
         if first is None:
-            raise UserError(f"{sections[split].name} holds no rows in split {sections[split].split}")
+            hint = "; in a .txt, lines that hold <|endoftext|> alone stand between documents"
+            name, rows = sections[split].name, sections[split].split
+            raise UserError(f"{name} holds no rows in split {rows}" + hint * (".txt" in name))
         parse_row(source, first[1], first[2], vocab_size if sections[split].is_tokenized else None)
     for folder, configs in folders.items():
         prepare_folder(folder, configs, opened, encoder, workers, shard_tokens)

@@ -1486,6 +1486,11 @@ BAD = {
     "no such split": ({}, [f"{T}.split=validation"], ["validation", "docs.jsonl"]),
     "empty slice": ({}, [f"{T}.split=train[5:5]"], ["train[5:5]", "docs.jsonl"]),
     "slice behind the end": ({}, [f"{T}.split=train[1000:]"], ["train[1000:]", "docs.jsonl"]),
+    "slice of text in one piece": (
+        {"a.txt": "all of it"},
+        [f"{T}.name=a.txt", f"{T}.split=train[95%:]"],
+        ["a.txt", "train[95%:]", "<|endoftext|>"],
+    ),
     "slice of nothing": ({}, [f"{T}.split=train[:0%]"], ["train[:0%]", "docs.jsonl"]),
     # sources
     "broken JSON": ({"docs.jsonl": broken(b'{"text": "a"')}, [], ["docs.jsonl", "line 1", "JSON"]),

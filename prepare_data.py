@@ -626,9 +626,7 @@ def local_files(c: DatasetConfig) -> list[Path] | None:
     if splits and all(kind_of(p) == ".jsonl" for p in files):
         return None  # a hub repository with splits: datasets knows which file is which
     if splits:
-        raise UserError(
-            f"{c.name} holds {splits[0].name}, of another split it seems: name the files of one with a glob"
-        )
+        raise UserError(f"{c.name} holds {splits[0].name}, of another split: name the files of one with a glob")
     return sorted(files)
 
 
@@ -653,7 +651,8 @@ def files_below(root: Path, shards: Path) -> list[Path]:
 
 def is_data(path: Path, shards: Path) -> bool:
     """Whether a file is part of a corpus: no README.md, LICENSE or hidden file, nor what was prepared from it."""
-    prepared = path.parent == shards and (path.suffix == ".bin" or path.name in ("dataset.json", "tokenizer.json"))
+    written = path.suffix == ".bin" or path.name in ("dataset.json", "tokenizer.json")
+    prepared = written and path.parent.absolute() == shards.absolute()
     return not (path.name.startswith(".") or path.suffix in ("", ".md") or prepared)
 
 
@@ -1123,11 +1122,10 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
         raise UserError(
             f"{folder} was prepared from another config: {'; '.join(differ)}; choose another path or delete it"
         )
-    for name, size in (
-        (e["file"], HEADER_BYTES + 2 * e["tokens"]) for s in there["splits"].values() for e in s["shards"]
-    ):
-        if not (folder / name).exists() or (folder / name).stat().st_size != size:
-            raise UserError(f"the shard {folder / name} is gone or cut short: delete {folder} and prepare it again")
+    for entry in (entry for about in there["splits"].values() for entry in about["shards"]):
+        shard = folder / entry["file"]
+        if not shard.exists() or shard.stat().st_size != HEADER_BYTES + 2 * entry["tokens"]:
+            raise UserError(f"the shard {shard} is gone or cut short: delete {folder} and prepare it again")
     return there if path.name == PROGRESS else None
 
 

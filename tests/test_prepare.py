@@ -854,7 +854,8 @@ def test_txt_separators(tmp_path_factory, lines, newline, last):
 @pytest.mark.parametrize("path", ["b", "b/shards"])
 def test_shards_within_the_folder_of_the_source(here, path):
     """They are not taken for a part of it."""
-    write_files(here, {"b/docs.jsonl": jsonl(DOCS), "config.yaml": config({"name": "b", "path": path})})
+    keys = {"name": str(here / "b"), "path": path}
+    write_files(here, {"b/docs.jsonl": jsonl(DOCS), "config.yaml": config(keys)})
     assert not prepare_until(8, "--shard-tokens", 100)
     prepare_here("--shard-tokens", 100)
     before = tree(here)

@@ -94,7 +94,6 @@ class PretrainRunInfo:
                 raise RunNotFound(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
             if found:
                 checkpoint = found[max(found) if step is None else step]
-        section = configs[0].get("train_dataset_config")
         tokenizer = folder / "tokenizer.json"
         return cls(
             folder=folder,
@@ -102,7 +101,7 @@ class PretrainRunInfo:
             config_dict=configs[0],
             model_config_dict=configs[1],
             tokenizer_path=tokenizer if tokenizer.exists() else None,
-            hf_tokenizer_path=section.get("hf_tokenizer_path") if isinstance(section, dict) else None,
+            hf_tokenizer_path=mapping(configs[0].get("train_dataset_config")).get("hf_tokenizer_path"),
         )
 
     @property
@@ -167,11 +166,14 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
     position, window (B,): place in the training stream and number of the window; shard (B,): the file in which the
     window begins; offset (B,): its first token there; tokens (B, n_ctx) uint16. Raises UserError without the shards.
     """
-    c = info.config_dict
+    c, path = info.config_dict, info.folder / "final_config.yaml"
+    kinds = {"seed": int, "num_iterations": int, "batch_size": int, "train_dataset_config": dict}
+    if wrong := [k for k, kind in kinds.items() if not isinstance(c.get(k), kind)]:
+        raise UserError(f"{path} has no usable {', '.join(wrong)}: only train.py's runs tell the order of their data")
     section = build(DatasetConfig, c["train_dataset_config"], "train_dataset_config.")
     if not 1 <= update <= c["num_iterations"]:
         raise UserError(f"update {update} is not one of this run's: they go from 1 to {c['num_iterations']}")
-    data = Shards(section.folder(), "train", f"python prepare_data.py {info.folder / 'final_config.yaml'}")
+    data = Shards(section.folder(), "train", f"python prepare_data.py {path}")
     position = np.arange((update - 1) * c["batch_size"], update * c["batch_size"])
     seed = c["seed"] + (section.seed or 0)
     window = window_order(position, data.n_tokens // section.n_ctx, seed, section.shuffle_each_epoch)
@@ -183,6 +185,11 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
         "offset": offset,
         "tokens": data.windows(window, section.n_ctx),
     }
+
+
+def mapping(value) -> dict:
+    """The value if it is a mapping, or else an empty one: a file may hold anything."""
+    return value if isinstance(value, dict) else {}
 
 
 class RunNotFound(UserError, FileNotFoundError):
@@ -637,7 +644,7 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
     for name, p in model.named_parameters():  # a tied weight once
         for kind in next(k for k, pattern in kinds.items() if re.search(pattern, name)), "total":
             parameters[kind] += p.numel()
-    c, data = info.config_dict, info.config_dict.get("train_dataset_config") or {}
+    c, data = info.config_dict, mapping(info.config_dict.get("train_dataset_config"))
     status, about = info.folder / "status", {}
     with contextlib.suppress(OSError, ValueError):
         about = json.loads((info.folder / "environment.json").read_text())

@@ -339,6 +339,19 @@ def test_an_update_that_was_not(run_with_data, update):
         data_of_update(PretrainRunInfo.from_path(run_with_data[0]), update)
 
 
+@pytest.mark.parametrize("key", ["seed", "num_iterations", "batch_size", "train_dataset_config"])
+def test_a_run_whose_order_of_data_is_not_recorded(run_with_data, cli, key):
+    """SPD's configs have no seed; and a file may hold anything. The run itself is shown."""
+    folder, _ = run_with_data
+    config = yaml.safe_load((folder / "final_config.yaml").read_text())
+    for change in ({}, {key: None}, {key: [5]}, {key: 5} if key == "train_dataset_config" else {key: "x"}):
+        rest = {k: v for k, v in config.items() if k != key}
+        (folder / "final_config.yaml").write_text(yaml.safe_dump(rest | change))
+        with pytest.raises(prepare_data.UserError, match=rf"final_config\.yaml .*\b{key}\b"):
+            data_of_update(PretrainRunInfo.from_path(folder), 1)
+        assert cli(folder)[1:] == ("", 0)
+
+
 def test_data_on_the_command_line(run_with_data, cli):
     folder, _ = run_with_data
     out, err, code = cli(folder, "--data", "14")

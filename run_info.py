@@ -650,7 +650,9 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
         about = json.loads((info.folder / "environment.json").read_text())
     on_wandb = dict(checkpoint_names(read_listing(info.folder).get("files", ())))  # whether they are here or not
     steps = sorted(info.checkpoints.keys() | on_wandb)
-    losses = {}
+    losses, tokens = {}, None
+    with contextlib.suppress(() if info.tokenizer_path else UserError):  # a tokenizer elsewhere may be out of reach
+        tokens = info.load_tokenizer().get_vocab_size()
     for name, points in curves(info.metrics).items():
         at = {"first": points[0], "best": min(points, key=lambda p: p[1]), "last": points[-1]}
         losses[name] = {k: {"loss": loss, "step": step} for k, (step, loss) in at.items()}
@@ -670,10 +672,7 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
         "dataset": data.get("name"),
         "seeds": {"init_seed": c.get("init_seed"), "seed": c.get("seed"), "dataset": data.get("seed")},
         "pretrained": c.get("from_pretrained"),
-        "tokenizer": {
-            "tokens": info.load_tokenizer().get_vocab_size(),
-            "from": str(info.tokenizer_path or info.hf_tokenizer_path),
-        },
+        "tokenizer": {"tokens": tokens, "from": str(info.tokenizer_path or "") or info.hf_tokenizer_path},
         "checkpoints": steps,
         "loaded": info.checkpoint_path and str(info.checkpoint_path),
     } | losses
@@ -686,10 +685,10 @@ def view(info: PretrainRunInfo) -> str:
         if isinstance(value, dict) and "loss" in value:
             return f"{value['loss']:.4f} at {value['step']}"
         if isinstance(value, dict):
-            return ", ".join(f"{k} {text(v)}" for k, v in value.items() if v is not None)
+            return ", ".join(f"{k} {text(v)}" for k, v in value.items() if v is not None or k == "tokens")
         if isinstance(value, list):
             return short(value) or "none yet"
-        return f"{value:,}" if type(value) is int else str(value)
+        return f"{value:,}" if type(value) is int else "unknown" if value is None else str(value)
 
     wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
     lines = [wrap.fill(f"{k:<13} {t}") for k, v in facts(info).items() if v is not None and (t := text(v))]

@@ -476,6 +476,17 @@ def test_old_and_unfinished_runs_are_shown(trained, cli):
     assert code == 1 and re.fullmatch(r"run_info: .*not saved any.*\n", err)
 
 
+@pytest.mark.parametrize("named", [None, "nowhere.json"])
+def test_a_run_is_shown_without_its_tokenizer(trained, cli, named):
+    (trained / "tokenizer.json").unlink()
+    (trained / "final_config.yaml").write_text(yaml.safe_dump({"train_dataset_config": {"hf_tokenizer_path": named}}))
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0)
+    assert re.search(r"^tokenizer +tokens unknown" + (", from nowhere.json$" if named else "$"), out, re.MULTILINE)
+    assert "total 7,952" in out and "val_loss" in out
+    assert json.loads(cli(trained, "--json")[0])["tokenizer"] == {"tokens": None, "from": named}
+
+
 def test_samples(trained, cli):
     ask = "--sample", "one two", "--n", "3", "--temperature", "0"
     out, err, code = cli(trained, *ask)

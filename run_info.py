@@ -240,7 +240,7 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
 
     def cached() -> list[str] | None:
         """The files wanted, if all are here and W&B would not name others."""
-        if not (listing := read_listing(folder)):
+        if not (listing := read_object(folder / LISTING)):
             return None
         if listing["run"] != name:
             raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
@@ -261,10 +261,10 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
     return folder, folder / files[-1] if weights else None
 
 
-def read_listing(folder: Path) -> dict:
-    """What W&B listed of the run whose files are in `folder`; empty if it is none of W&B's."""
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; empty if there is none."""
     try:
-        return json.loads((folder / LISTING).read_text())
+        return mapping(json.loads(path.read_text()))
     except (OSError, ValueError):
         return {}
 
@@ -556,19 +556,19 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, but for one that was cut short; none if there is no such file."""
+    """The lines of a metrics.jsonl that have a step, which one cut short has not; none if there is no such file."""
     lines = []
     with contextlib.suppress(FileNotFoundError):
         for text in path.read_text().splitlines():
             with contextlib.suppress(ValueError):
-                lines.append(json.loads(text))
-    return lines
+                lines.append(mapping(json.loads(text)))
+    return [m for m in lines if type(m.get("step")) is int]
 
 
 def curves(metrics: list[dict]) -> dict[str, list[tuple[int, float]]]:
     """{"train_loss": [(update, nats), ...], "val_loss": ...} of what was recorded."""
     names = "train_loss", "val_loss"
-    return {n: points for n in names if (points := [(m["step"], m[n]) for m in metrics if n in m])}
+    return {n: p for n in names if (p := [(m["step"], m[n]) for m in metrics if isinstance(m.get(n), int | float)])}
 
 
 def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
@@ -594,6 +594,9 @@ def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
 
 def text_plot(points: dict[str, list[tuple[int, float]]], width: int = 68, height: int = 10) -> list[str]:
     """Losses over updates as lines of text, train_loss as '.' and val_loss as 'o'; the updates' axis is logarithmic."""
+    points = {n: finite for n, line in points.items() if (finite := [p for p in line if math.isfinite(p[1])])}
+    if not points:
+        return []
     last = max(step for line in points.values() for step, _ in line)
     losses = [loss for line in points.values() for _, loss in line]
     high, span = max(losses), max(losses) - min(losses) or 1.0
@@ -645,16 +648,15 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
         for kind in next(k for k, pattern in kinds.items() if re.search(pattern, name)), "total":
             parameters[kind] += p.numel()
     c, data = info.config_dict, mapping(info.config_dict.get("train_dataset_config"))
-    status, about = info.folder / "status", {}
-    with contextlib.suppress(OSError, ValueError):
-        about = json.loads((info.folder / "environment.json").read_text())
-    on_wandb = dict(checkpoint_names(read_listing(info.folder).get("files", ())))  # whether they are here or not
+    status, about = info.folder / "status", read_object(info.folder / "environment.json")
+    on_wandb = dict(checkpoint_names(read_object(info.folder / LISTING).get("files", ())))  # here or not
     steps = sorted(info.checkpoints.keys() | on_wandb)
     losses, tokens = {}, None
     with contextlib.suppress(() if info.tokenizer_path else UserError):  # a tokenizer elsewhere may be out of reach
         tokens = info.load_tokenizer().get_vocab_size()
     for name, points in curves(info.metrics).items():
-        at = {"first": points[0], "best": min(points, key=lambda p: p[1]), "last": points[-1]}
+        best = min(points, key=lambda p: (math.isnan(p[1]), p[1]))
+        at = {"first": points[0], "best": best, "last": points[-1]}
         losses[name] = {k: {"loss": loss, "step": step} for k, (step, loss) in at.items()}
     return {
         "model": type(model).__name__,
@@ -692,8 +694,8 @@ def view(info: PretrainRunInfo) -> str:
 
     wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 14, break_long_words=False, break_on_hyphens=False)
     lines = [wrap.fill(f"{k:<13} {t}") for k, v in facts(info).items() if v is not None and (t := text(v))]
-    points = curves(info.metrics)
-    return "\n".join([*lines, "", *text_plot(points)] if points else lines)
+    plot = text_plot(curves(info.metrics))
+    return "\n".join([*lines, "", *plot] if plot else lines)
 
 
 def sample(info: PretrainRunInfo, prompt: str, n: int, temperature: float, top_k: int | None) -> list[str]:
@@ -751,7 +753,8 @@ def main() -> None:
                 sampling = info, args.sample, args.n, args.temperature, args.top_k
                 samples = None if args.sample is None else sample(*sampling)
                 if args.json:
-                    print(json.dumps(facts(info) | {"samples": samples}))
+                    text = json.dumps(facts(info) | {"samples": samples})
+                    print(json.dumps(json.loads(text, parse_constant=lambda _: None)))  # NaN is not JSON
                 elif samples is None:
                     print(view(info))
                 else:

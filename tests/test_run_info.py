@@ -1,6 +1,7 @@
 """run_info.py: finding a run on disk and loading its weights, tokenizer and data, new runs and old ones."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -485,6 +486,27 @@ def test_a_run_is_shown_without_its_tokenizer(trained, cli, named):
     assert re.search(r"^tokenizer +tokens unknown" + (", from nowhere.json$" if named else "$"), out, re.MULTILINE)
     assert "total 7,952" in out and "val_loss" in out
     assert json.loads(cli(trained, "--json")[0])["tokenizer"] == {"tokens": None, "from": named}
+
+
+def test_a_diverged_run_is_shown(trained, cli, tmp_path):
+    """JSON has no NaN: programs get null. Nor does any other line of a file stop what can be shown."""
+    lines = '[5]\n5\n{"val_loss": 1.0}\n{"step": "x", "val_loss": 1.0}\n{"step": 1, "val_loss": null}\n'
+    lines += '{"step": 1, "val_loss": 4.0}\n{"step": 2, "val_loss": Infinity}\n{"step": 3, "val_loss": NaN}\n'
+    (trained / "environment.json").write_text("[]")
+    (trained / "metrics.jsonl").write_text(lines)
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0)
+    assert re.search(r"^val_loss +first 4.0000 at 1, best 4.0000 at 1, last nan at 3$", out, re.MULTILINE)
+    assert out.count("o\n") == 0 and sum("|" in line and "o" in line for line in out.splitlines()) == 1
+    found = json.loads(cli(trained, "--json")[0], parse_constant=pytest.fail)
+    assert found["val_loss"] == {"first": {"loss": 4.0, "step": 1}, "best": {"loss": 4.0, "step": 1}} | {
+        "last": {"loss": None, "step": 3}
+    }
+    if importlib.util.find_spec("matplotlib"):
+        assert cli(trained, "--plot", tmp_path / "x.png")[1:] == ("", 0)
+    (trained / "metrics.jsonl").write_text('{"step": 3, "val_loss": NaN}\n')
+    out, err, code = cli(trained)
+    assert (err, code) == ("", 0) and "best nan at 3" in out and "|" not in out
 
 
 def test_samples(trained, cli):

@@ -719,16 +719,25 @@ def main() -> None:
     parser.add_argument("run", nargs="+", help="a run folder, a checkpoint or a W&B path")
     parser.add_argument("--step", type=int, help="the checkpoint after so many updates (default: the last)")
     parser.add_argument("--json", action="store_true", help="the same for programs: one JSON object a line")
-    parser.add_argument("--sample", metavar="PROMPT", help="print what the model writes after this text")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--sample", metavar="PROMPT", help="print what the model writes after this text")
     parser.add_argument("--n", type=int, default=1, help="so many samples (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.8, help="of the samples; 0: greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
-    parser.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses of the runs into one picture")
-    parser.add_argument("--export-hf", type=Path, metavar="DIR", help="write model and tokenizer for transformers")
+    instead.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
+    instead.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses of the runs into one picture")
+    instead.add_argument("--export-hf", type=Path, metavar="DIR", help="write model and tokenizer for transformers")
     args = parser.parse_args()
-    if args.n < 1 or (args.export_hf and len(args.run) > 1):
-        parser.error("--n must be at least 1" if args.n < 1 else "--export-hf takes one run")
+    no_weights, sampling = args.plot or args.data is not None, (args.n, args.temperature, args.top_k)
+    for refused, words in (
+        (args.n < 1, "--n must be at least 1"),
+        (args.export_hf and len(args.run) > 1, "--export-hf takes one run"),
+        (args.json and (no_weights or args.export_hf), "--json does not go with --data, --plot and --export-hf"),
+        (args.step is not None and no_weights, "--step does not go with --data and --plot"),
+        (args.sample is None and sampling != (1, 0.8, None), "--n, --temperature and --top-k go with --sample"),
+    ):
+        if refused:
+            parser.error(words)
     try:
         weights = args.sample is not None or args.export_hf is not None
         infos = [PretrainRunInfo.from_path(path, args.step, weights) for path in args.run]
@@ -750,8 +759,7 @@ def main() -> None:
                     print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
         else:
             for info in infos:
-                sampling = info, args.sample, args.n, args.temperature, args.top_k
-                samples = None if args.sample is None else sample(*sampling)
+                samples = None if args.sample is None else sample(info, args.sample, *sampling)
                 if args.json:
                     text = json.dumps(facts(info) | {"samples": samples})
                     print(json.dumps(json.loads(text, parse_constant=lambda _: None)))  # NaN is not JSON

@@ -616,6 +616,31 @@ def test_what_was_not_done_is_one_line(make_run, cli, args):
     assert re.fullmatch(r"run_info: .+\n", err)
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--plot", "p.png", "--export-hf", "hf0"],
+        ["--plot", "p.png", "--data", "1"],
+        ["--export-hf", "hf0", "--data", "0"],
+        ["--sample", "", "--data", "1"],
+        ["--data", "1", "--json"],
+        ["--plot", "p.png", "--json"],
+        ["--export-hf", "hf0", "--json"],
+        ["--n", "2"],
+        ["--temperature", "0", "--json"],
+        ["--top-k", "3", "--data", "1"],
+        ["--plot", "p.png", "--step", "2"],
+        ["--data", "1", "--step", "2"],
+    ],
+)
+def test_an_option_without_effect_is_refused(make_run, cli, monkeypatch, args):
+    folder = make_run()
+    monkeypatch.chdir(folder)
+    out, err, code = cli(folder, *args)
+    assert (out, code) == ("", 2) and re.search(rf"error: .*({args[-2]}|{args[-1]}|{args[0]})\b", err)
+    assert not (folder / "p.png").exists() and not (folder / "hf0").exists()
+
+
 def test_a_file_that_is_no_checkpoint_is_one_line(make_run, cli):
     out, err, code = cli(make_run() / "final_config.yaml")
     assert (out, code) == ("", 1)

@@ -573,12 +573,11 @@ def curves(metrics: list[dict]) -> dict[str, list[tuple[int, float]]]:
 
 def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw the losses of {label: metrics} over updates. Raises ImportError without matplotlib."""
-    import matplotlib
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its child processes get, may not be installed
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(7, 4), layout="constrained")
+    fig = Figure(figsize=(7, 4), layout="constrained")
+    ax = fig.subplots()
     styles = {"train_loss": {"lw": 0.8, "alpha": 0.7}, "val_loss": {"marker": "o", "ms": 3}}
     for i, (label, metrics) in enumerate(runs.items()):
         for j, (name, points) in enumerate(curves(metrics).items()):
@@ -589,7 +588,6 @@ def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
     ax.grid(alpha=0.3)
     with whole_file(path) as f:
         fig.savefig(f, format="png", dpi=120)
-    plt.close(fig)
 
 
 def text_plot(points: dict[str, list[tuple[int, float]]], width: int = 68, height: int = 10) -> list[str]:

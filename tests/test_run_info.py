@@ -543,6 +543,16 @@ def test_losses_of_several_runs_in_one_picture(trained, make_run, tmp_path, cli)
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense", "tkagg"])
+def test_a_picture_needs_no_window(trained, tmp_path, backend):
+    """Notebooks name their backend to the processes they start, where it need not be installed."""
+    pytest.importorskip("matplotlib")
+    command = [sys.executable, ROOT / "run_info.py", trained, "--plot", tmp_path / "x.png"]
+    env = environment({"MPLBACKEND": backend})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=env)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "x.png").exists()
+
+
 def test_what_a_flat_or_short_curve_looks_like():
     for points in ({"val_loss": [(0, 2.0)]}, {"train_loss": [(1, 2.0)]}, {"train_loss": [(1, 2.0), (1000, 2.0)]}):
         lines = text_plot(points, width=40, height=5)

@@ -236,7 +236,7 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
     names weights that are here. Processes that ask at the same time wait for the first. Raises UserError.
     """
     name = f"{entity}/{project}/{run_id}"
-    folder = Path(os.environ.get("SPD_OUT_DIR", "out")).absolute() / "pretrain_cache" / f"{project}-{run_id}"
+    folder = Path(os.environ.get("SPD_OUT_DIR") or "out").absolute() / "pretrain_cache" / f"{project}-{run_id}"
 
     def cached() -> list[str] | None:
         """The files wanted, if all are here and W&B would not name others."""

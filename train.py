@@ -211,7 +211,7 @@ def config_dict(c: Config) -> dict:
 
 def parent_of_runs(c: Config) -> Path:
     """The folder in which runs without a run_dir get theirs."""
-    return Path(c.output_dir or Path(os.environ.get("SPD_OUT_DIR", "out")) / "target_models")
+    return Path(c.output_dir or Path(os.environ.get("SPD_OUT_DIR") or "out") / "target_models")
 
 
 def check_folder(c: Config) -> None:

@@ -1,5 +1,6 @@
 """run_info.py: finding a run on disk and loading its weights, tokenizer and data, new runs and old ones."""
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -119,6 +120,18 @@ def test_what_lies_beside_checkpoints_is_none(make_run):
     info = PretrainRunInfo.from_path(folder)
     assert list(info.checkpoints) == list(STEPS)
     assert info.checkpoint_path.name == "model_step_10.pt"
+
+
+def test_an_empty_spd_out_dir_is_none(make_run, tmp_path, monkeypatch):
+    """As in the shell's ${SPD_OUT_DIR:-out}; for runs kept from W&B, and for new ones."""
+    folder = make_run(folder="out/pretrain_cache/p-abcdefgh", checkpoints=".")
+    files = {p.name: (p.stat().st_size, None) for p in folder.iterdir()}
+    (folder / "wandb.json").write_text(json.dumps({"run": "e/p/abcdefgh", "state": "finished", "files": files}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SPD_OUT_DIR", "")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    assert PretrainRunInfo.from_path("e/p/abcdefgh").checkpoint_path == folder / "model_step_10.pt"
+    assert train.parent_of_runs(argparse.Namespace(output_dir=None)) == Path("out/target_models")
 
 
 MISSING = {

@@ -47,7 +47,7 @@ from prepare_data import (
 
 @dataclass
 class PretrainRunInfo:
-    """A trained run, at one checkpoint; SPD's class of the same name has these fields."""
+    """A trained run, at one checkpoint; SPD's class of the same name has the fields that follow `folder`."""
 
     folder: Path
     checkpoint_path: Path | None  # None only if from_path was told that no weights will do
@@ -60,20 +60,19 @@ class PretrainRunInfo:
     def from_path(cls, path: str | Path, step: int | None = None, weights: bool = True) -> "PretrainRunInfo":
         """The run at `path` after `step` updates (default: that file, or the last).
 
-        `path` is a run folder, a checkpoint file or, if neither is there, a W&B run (WANDB_FORMS), which is read from
-        its copy on disk once that holds all it needs. With weights=False, a run that has saved none yet will do. Raises
-        UserError, a FileNotFoundError too if there is no such run or checkpoint.
+        `path` is a run folder, its checkpoints/, a checkpoint file or, if none is there, a W&B run (WANDB_FORMS), which
+        is read from its copy on disk once that holds all it needs. With weights=False, a run that has saved none yet
+        will do. Raises UserError, a FileNotFoundError too if there is no such run or checkpoint.
         """
         here = os.path.isfile(path) or (os.path.isdir(path) and os.listdir(path))  # wandb makes empty folders so named
         on_wandb = None if here else wandb_run(str(path))
         path = Path(os.path.expanduser(path)).absolute()
         if on_wandb:
             folder, checkpoint = fetch(*on_wandb, step, weights)
-        elif os.path.isfile(path):
-            folder = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-            checkpoint = path
-        elif os.path.isdir(path):
-            folder, checkpoint = path, None
+        elif os.path.exists(path):
+            folder, checkpoint = (path.parent, path) if path.is_file() else (path, None)
+            if folder.name == "checkpoints" and not (folder / "final_config.yaml").exists():
+                folder = folder.parent
         else:
             raise RunNotFound(
                 f"no run at {path}: name a run folder, a checkpoint (checkpoints/model_step_N.pt) or a run on W&B "
@@ -88,7 +87,7 @@ class PretrainRunInfo:
             raise UserError(f"{folder}: the run took its norms out (enable_ln_ablation); the models here all have them")
         if not on_wandb and (step is not None or checkpoint is None):
             found = checkpoints_in(folder)
-            if not found and weights:
+            if not found and (weights or step is not None):
                 raise RunNotFound(f"{folder} has no checkpoints/model_step_N.pt: the run has not saved any yet")
             if step is not None and step not in found:
                 raise RunNotFound(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
@@ -115,7 +114,7 @@ class PretrainRunInfo:
         from models import MODEL_CLASSES
 
         name = self.model_config_dict.get("model_type")
-        if name not in MODEL_CLASSES:
+        if name not in list(MODEL_CLASSES):  # whatever the file holds, a list too
             raise UserError(
                 f"{self.folder} does not say which model it holds (model_type: {name}): load it with the class, "
                 "such as models.LlamaSimpleMLP.from_run_info(run_info)"
@@ -198,8 +197,10 @@ class RunNotFound(UserError, FileNotFoundError):
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
     """Updates done -> checkpoint file, in order."""
-    places = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    return {step: places / name for step, name in checkpoint_names(p.name for p in places.glob("model_step_*.pt"))}
+    for place in (folder / "checkpoints", folder):
+        if found := checkpoint_names(p.name for p in place.glob("model_step_*.pt") if p.is_file()):
+            break
+    return {step: place / name for step, name in found}
 
 
 def checkpoint_names(names) -> list[tuple[int, str]]:

@@ -111,12 +111,25 @@ def test_a_run_as_wandb_lays_it_out(make_run):
     assert list(info.checkpoints) == list(STEPS)
     assert_holds(info.load_model(), "LlamaSimpleMLP", 10)
     assert_holds(PretrainRunInfo.from_path(folder / "model_step_0.pt").load_model(), "LlamaSimpleMLP", 0)
+    (folder / "checkpoints").mkdir()
+    assert PretrainRunInfo.from_path(folder).checkpoint_path == folder / "model_step_10.pt"
+
+
+def test_folders_called_checkpoints(make_run):
+    """A run's own leads to the run; a run may be called so itself."""
+    folder = make_run(folder="checkpoints")
+    for path in (folder, folder / "checkpoints", folder / "checkpoints" / "model_step_10.pt"):
+        info = PretrainRunInfo.from_path(path)
+        assert (info.folder, info.checkpoint_path) == (folder, folder / "checkpoints" / "model_step_10.pt")
+    shutil.copy(info.checkpoint_path, folder)
+    assert PretrainRunInfo.from_path(folder / "model_step_10.pt").folder == folder
 
 
 def test_what_lies_beside_checkpoints_is_none(make_run):
     folder = make_run()
     for name in ("model_step_x.pt", ".model_step_11.pt.part", "optim_step_12.pt", "model_step_13.pt.bak"):
         (folder / "checkpoints" / name).touch()
+    (folder / "checkpoints" / "model_step_99.pt").mkdir()
     info = PretrainRunInfo.from_path(folder)
     assert list(info.checkpoints) == list(STEPS)
     assert info.checkpoint_path.name == "model_step_10.pt"
@@ -139,6 +152,7 @@ MISSING = {
     "no final_config": (lambda f: (f / "final_config.yaml").unlink(), None, r"final_config\.yaml"),
     "no model_config": (lambda f: (f / "model_config.yaml").unlink(), None, r"model_config\.yaml"),
     "no checkpoints": (lambda f: [p.unlink() for p in (f / "checkpoints").iterdir()], None, r"no .*model_step_N\.pt"),
+    "no step at all": (lambda f: shutil.rmtree(f / "checkpoints"), 7, r"saved any yet$"),
     "no such step": (lambda f: None, 7, r"step 7.*\b0, 2, 10\b"),
 }
 
@@ -148,9 +162,10 @@ def test_what_is_not_there(make_run, what):
     spoil, step, says = MISSING[what]
     folder = make_run()
     spoil(folder)
-    with pytest.raises(FileNotFoundError, match=says) as e:
-        PretrainRunInfo.from_path(folder, step=step)
-    assert isinstance(e.value, prepare_data.UserError)
+    for weights in (True, False) if step else [True]:
+        with pytest.raises(FileNotFoundError, match=says) as e:
+            PretrainRunInfo.from_path(folder, step, weights)
+        assert isinstance(e.value, prepare_data.UserError)
 
 
 # -----------------------------------------------------------------------------
@@ -603,6 +618,7 @@ SPOILED = {
     "model_config is no mapping": lambda f: (f / "model_config.yaml").write_text("- 1\n"),
     "model_config is no YAML": lambda f: (f / "model_config.yaml").write_text("a: [1\n"),
     "model_config without model_type": lambda f: (f / "model_config.yaml").write_text("n_embd: 16\n"),
+    "model_config whose model_type is a list": lambda f: respell(f, model_type=[1]),
     "model_config of another shape": lambda f: respell(f, n_embd=32, rotary_dim=16),
     "model_config of an impossible shape": lambda f: respell(f, n_head=3),
     "model_config with an unknown key": lambda f: respell(f, n_layr=2),

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import math
 import warnings
+import zipfile
 from dataclasses import dataclass, fields
 
 import torch
@@ -413,6 +414,15 @@ class MuonAndAdamW:
 # what all five share
 
 
+def load_file(path):
+    """What torch.save wrote to `path`, on the CPU. Raises one of many exceptions if the file is damaged."""
+    if zipfile.is_zipfile(path):  # as all but very old files are
+        with zipfile.ZipFile(path) as f:
+            if name := f.testzip():  # torch.load looks at no checksum
+                raise ValueError(f"the checksum of {name} in it is wrong: the file changed after it was written")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 class LanguageModel(nn.Module):
     """A child registers wte, h and ln_f in the order in which their weights are drawn, then calls `finish`."""
 
@@ -571,7 +581,7 @@ class LanguageModel(nn.Module):
     def from_run_info(cls, run_info):
         """The trained model of a run_info.PretrainRunInfo, on the CPU, its weights loaded with strict=True."""
         model = cls(cls.config_class(**run_info.model_config_dict))
-        state = torch.load(run_info.checkpoint_path, map_location="cpu", weights_only=True)
+        state = load_file(run_info.checkpoint_path)
         # older checkpoints carry the wrappers' prefixes and buffers that are computed here
         state = {k.replace("_orig_mod.", "").removeprefix("module."): v for k, v in state.items()}
         buffers = (".attn.bias", ".rotary_sin", ".rotary_cos")

@@ -33,7 +33,7 @@ import torch.distributed as dist
 import yaml
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from models import MODEL_CLASSES
+from models import MODEL_CLASSES, load_file
 from prepare_data import (
     DatasetConfig,
     ShardChanged,
@@ -242,7 +242,7 @@ def load_state(folder: Path) -> dict | None:
     for name in ("resume.pt", "resume.previous.pt"):
         if (folder / name).exists():
             try:
-                return torch.load(folder / name, map_location="cpu", weights_only=True)
+                return load_file(folder / name)
             except Exception as e:
                 print(f"{folder / name} is damaged ({type(e).__name__}); trying the state before it", file=sys.stderr)
     return None

@@ -186,6 +186,38 @@ def test_training_goes_on_while_a_checkpoint_is_written(lab, base):
     assert equal(by_hand(lab, folder, 4), weights(base))
 
 
+def zeroed(path: Path):
+    """4 KB in the middle become zeros; the length stays."""
+    with open(path, "r+b") as f:
+        f.seek(path.stat().st_size // 2 - 2048)
+        f.write(bytes(4096))
+
+
+def stopped_copy(base: Path, folder: Path) -> Path:
+    """A copy of a run that could be continued from its last state, although there is nothing left to do."""
+    shutil.copytree(base, folder)
+    (folder / "status").write_text("interrupted\n")
+    return folder
+
+
+@pytest.mark.parametrize("damage", [zeroed])
+def test_a_state_of_the_right_length_that_is_none(lab, base, damage):
+    folder = stopped_copy(base, lab.root / f"no state {damage.__name__}")
+    damage(folder / "resume.pt")
+    result = lab.run(*LONG, f"run_dir={folder}")
+    assert (result.code, result.err.count("\n")) == (0, 1), result.err
+    assert "resume.pt is damaged" in result.err
+    assert f"continuing after update {N - 3}" in result.out
+    assert_same_run(folder, base)
+
+
+def test_weights_whose_bytes_changed_are_refused(base, tmp_path):
+    shutil.copytree(base, tmp_path / "run")
+    zeroed(tmp_path / "run" / "checkpoints" / f"model_step_{N}.pt")
+    with pytest.raises(prepare_data.UserError, match=rf"model_step_{N}\.pt: .*checksum"):
+        run_info.PretrainRunInfo.from_path(tmp_path / "run").load_model()
+
+
 # -----------------------------------------------------------------------------
 # provenance
 

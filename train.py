@@ -239,10 +239,12 @@ def choose_folder(c: Config) -> Path:
 
 def load_state(folder: Path) -> dict | None:
     """The state to continue from: resume.pt, or the one before it if that cannot be read, or None."""
-    for name in ("resume.pt", "resume.previous.pt"):
+    for name in ("resume.pt", "resume.new.pt", "resume.previous.pt"):  # new: a kill came between a save's renames
         if (folder / name).exists():
             try:
-                return load_file(folder / name)
+                state = load_file(folder / name)
+                state["step"], state["model"], state["optimizer"], state["scaler"]  # or else it is no state
+                return state
             except Exception as e:
                 print(f"{folder / name} is damaged ({type(e).__name__}); trying the state before it", file=sys.stderr)
     return None

@@ -200,14 +200,32 @@ def stopped_copy(base: Path, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("damage", [zeroed])
-def test_a_state_of_the_right_length_that_is_none(lab, base, damage):
+def bare(path: Path):
+    torch.save(torch.load(path, weights_only=True)["model"], path)
+
+
+def listed(path: Path):
+    torch.save([1, 2], path)
+
+
+@pytest.mark.parametrize("damage", [zeroed, bare, listed])
+def test_what_is_no_state_counts_as_damaged(lab, base, damage):
     folder = stopped_copy(base, lab.root / f"no state {damage.__name__}")
     damage(folder / "resume.pt")
     result = lab.run(*LONG, f"run_dir={folder}")
     assert (result.code, result.err.count("\n")) == (0, 1), result.err
     assert "resume.pt is damaged" in result.err
     assert f"continuing after update {N - 3}" in result.out
+    assert_same_run(folder, base)
+
+
+def test_a_state_that_was_not_renamed_yet_is_used(lab, base):
+    """As a kill between the two renames of a save leaves it."""
+    folder = stopped_copy(base, lab.root / "between renames")
+    (folder / "resume.pt").rename(folder / "resume.new.pt")
+    result = lab.run(*LONG, f"run_dir={folder}")
+    assert (result.code, result.err) == (0, "")
+    assert f"continuing after update {N}" in result.out
     assert_same_run(folder, base)
 
 

@@ -12,6 +12,7 @@ interruptions, and with run_dir=DIR the same command continues a run that was st
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -237,6 +238,17 @@ def choose_folder(c: Config) -> Path:
     return folder
 
 
+def hold(folder: Path) -> bool:
+    """Keep others from training in `folder` until this process is gone; whether it can. UserError if one does."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)  # open to the end
+    except BlockingIOError as e:
+        raise UserError(f"another process is training in {folder}: wait for its end, or choose another run_dir") from e
+    except OSError:
+        return False  # no folder yet, or a file system without locks
+    return True
+
+
 def load_state(folder: Path) -> dict | None:
     """The state to continue from: resume.pt, or the one before it if that cannot be read, or None."""
     for name in ("resume.pt", "resume.new.pt", "resume.previous.pt"):  # new: a kill came between a save's renames
@@ -450,6 +462,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         os.environ.setdefault(name, seconds)  # before wandb reads it, be it for from_pretrained
     model_class = MODEL_CLASSES[c.model.model_type]
     raw_model = model_class(c.model, init_seed=c.init_seed)
+    held = bool(c.run_dir) and rank == 0 and not check and hold(Path(c.run_dir))
     state = load_state(Path(c.run_dir)) if c.run_dir else None
     start = c.from_pretrained or f"seed {c.init_seed}"
     if c.from_pretrained and not state:
@@ -467,6 +480,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         print(Path(c.run_dir) if c.run_dir else f"{parent_of_runs(c)}/")
         leave(0)
     chosen = [choose_folder(c) if rank == 0 else None]
+    if rank == 0 and not held:
+        hold(chosen[0])
     if world > 1:
         dist.broadcast_object_list(chosen)
     folder = chosen[0]

@@ -754,6 +754,52 @@ def test_a_file_deleted_between_stop_and_continue(lab, base, lost):
 
 
 # -----------------------------------------------------------------------------
+# two processes in one folder
+
+
+def stuck_in_update(update: int, note: Path):
+    def act(n, *_):
+        if n == update:
+            time.sleep(0.5)  # what is being written is on disk then
+            note.touch()
+            time.sleep(60)
+
+    on_call("torch.nn.utils.clip_grad_norm_", act)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_second_process_in_the_folder_of_a_running_one(lab, base, base2, ranks):
+    """It is refused until the first is gone, however that ends; --check is not."""
+    folder, note, options = lab.root / f"shared {ranks}", lab.root / f"note {ranks}", {"ranks": ranks}
+    first = lab.start(*LONG, f"run_dir={folder}", traps={0: (stuck_in_update, 11, note)}, **options)
+    deadline = time.monotonic() + 20
+    while not note.exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    before = contents(folder)
+    results = lab.finish(lab.start(*LONG, f"run_dir={folder}", **options))
+    assert all(r.code not in (0, 75) for r in results), results
+    assert re.fullmatch(r"train: another process is training in .+\n", results[0].err), results
+    assert lab.run(lab.config, *LONG, f"run_dir={folder}", config="--check").code == 0
+    assert contents(folder) == before
+    for process, _ in first:
+        process.kill()
+    assert_same_run(lab.train(folder.name, *LONG, **options), (base, base2)[ranks - 1])
+
+
+def slow_updates():
+    on_call("torch.nn.utils.clip_grad_norm_", lambda *_: time.sleep(0.1))
+
+
+def test_two_processes_that_start_in_a_new_folder(lab, base):
+    """One is refused, and the other is none the worse for it."""
+    folder = lab.root / "both"
+    results = lab.finish([lab.start(*LONG, f"run_dir={folder}", traps={0: (slow_updates,)})[0] for _ in range(2)])
+    assert sorted(r.code for r in results) == [0, 1], results
+    assert "another process is training" in results[0].err + results[1].err
+    assert_same_run(folder, base)
+
+
+# -----------------------------------------------------------------------------
 # a full disk
 
 

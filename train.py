@@ -717,6 +717,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             log(f"could not save what update {s} left ({reason}): training goes on, and the next save may succeed")
             return False
 
+    before_leaving.append(settle)
+
     def save(s: int, resumable: bool) -> None:
         """Save weights if they are to be kept, and all that a continued run needs."""
         flush()
@@ -844,11 +846,16 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     leave(code)
 
 
+before_leaving = []  # what a run that fails has still to do
+
+
 def leave(status: int | str) -> NoReturn:
     """End this process, as sys.exit does; of several ranks, without taking Python and the process group down.
 
     That may hang, and did once in thirty runs: DDP's destructor holds Python's lock and joins a thread that wants it.
     """
+    for act in before_leaving:
+        act()
     if not dist.is_initialized():
         sys.exit(status)
     if isinstance(status, str):

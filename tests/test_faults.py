@@ -984,6 +984,20 @@ def broken(base: Path, folder: Path) -> Path:
     return folder
 
 
+def slow_states():
+    on_call("torch.save", lambda n, state, *_: time.sleep(1) if "scaler" in state else None)
+
+
+def test_what_is_being_written_when_ranks_fail_reaches_the_disk(lab):
+    folder = lab.root / "failed while saving"
+    options = "learning_rate=1e30", "grad_clip=null", "resume_every=1", "val_loss_every=0", f"run_dir={folder}"
+    results = lab.finish(lab.start(*options, ranks=2, traps={0: (slow_states,)}))
+    assert [r.code for r in results] == [1, 1], results
+    assert re.fullmatch(r"train: update 2 has loss .+\n", results[0].err), results
+    assert state_of(folder)["step"] == 1
+    assert parts(folder) == []
+
+
 @pytest.mark.parametrize("kept", ["true", "false"])
 def test_weights_that_are_not_finite(lab, base, tmp_path, monkeypatch, capsys, kept):
     """The message's command shows the data, whether or not the run has saved anything yet."""

@@ -50,8 +50,8 @@ class UserError(Exception):
     """Something the user can mend. The message says what was found, what was wanted, what to do."""
 
 
-class ShardChanged(UserError):
-    """A shard is no longer the file that was opened."""
+class BadShard(UserError):
+    """A shard is no longer the file that was opened, or holds what the model cannot read."""
 
 
 class BadRow(UserError):
@@ -839,7 +839,7 @@ class Shards:
         return bool(now.st_nlink) and (now.st_size, now.st_mtime_ns) == (then.st_size, then.st_mtime_ns)
 
     def windows(self, ids, length: int) -> np.ndarray:
-        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. ShardChanged if a file is another one."""
+        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. BadShard if a file is another one."""
         starts = np.asarray(ids, np.int64) * length
         first, offset = self.locate(starts)
         last, _ = self.locate(starts + length - 1)
@@ -848,7 +848,7 @@ class Shards:
         self.turn += 1  # from 3,000 shards a batch takes 0.9 of the time
         for i, shard in enumerate(touched):
             if not self.unchanged(shard, (i + self.turn) % stride == 0):
-                raise ShardChanged(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
+                raise BadShard(f"the shard {self.files[shard]} changed or vanished while in use: prepare it again")
         out = np.empty((len(starts), length), np.uint16)
         places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)
         for row, (start, shard, end, at) in enumerate(places):

@@ -36,8 +36,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from models import MODEL_CLASSES, load_file
 from prepare_data import (
+    BadShard,
     DatasetConfig,
-    ShardChanged,
     Shards,
     UserError,
     build,
@@ -446,6 +446,9 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     for split, data, n in (("train", train_data, n_windows), ("val", val_data, n_val_windows)):
         if n == 0:
             raise UserError(f"the {split} shards hold {data.n_tokens} tokens, fewer than one window of n_ctx ({T + 1})")
+    made_with = [d.info["tokenizer"]["sha256"] for d in (train_data, val_data) if "tokenizer" in d.info]
+    if len({*made_with}) > 1:
+        raise UserError(f"{train_data.folder} and {val_data.folder} have different tokenizers: prepare both with one")
     tokenizer_json, vocab_size, eos = data_tokenizer(c, train_data)
     if vocab_size > c.model.vocab_size:
         raise UserError(f"model.vocab_size is {c.model.vocab_size}, but the data's tokenizer has {vocab_size} ids")
@@ -581,14 +584,20 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     seed, shuffle_each_epoch = c.seed + (c.train_dataset_config.seed or 0), c.train_dataset_config.shuffle_each_epoch
     reader = ThreadPoolExecutor(1)
 
-    def tensors(windows: np.ndarray):  # (n, T + 1) -> x, y (n, T) int64
+    def tensors(data: Shards, ids):  # the windows `ids` (n,) -> x, y (n, T) int64
+        windows = data.windows(ids, T + 1)
+        if (most := windows.max()) >= c.model.vocab_size:  # foreign shards say nothing of their tokenizer
+            raise BadShard(
+                f"the {data.split} shards in {data.folder} hold id {most}, outside the model's {c.model.vocab_size} "
+                "ids: set hf_tokenizer_path to the tokenizer that made them, and model.vocab_size to its size"
+            )
         x, y = (torch.from_numpy(z.astype(np.int64)) for z in (windows[:, :-1], windows[:, 1:]))
         return (x.pin_memory(), y.pin_memory()) if device.type == "cuda" else (x, y)
 
     def read_update(s: int):
         first = (s - 1) * c.batch_size + rank * per_rank
         positions = np.arange(first, first + per_rank)
-        return tensors(train_data.windows(window_order(positions, n_windows, seed, shuffle_each_epoch), T + 1))
+        return tensors(train_data, window_order(positions, n_windows, seed, shuffle_each_epoch))
 
     # validation: the same windows every time, spread evenly over the split, dealt to the ranks in turn
     n_val = min(n_val_windows, c.val_max_steps * c.batch_size)
@@ -605,7 +614,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                 return None
             ids = val_ids[i + rank : i + micro * world : world]
             if len(ids):
-                x, y = tensors(val_data.windows(np.resize(ids, micro), T + 1))
+                x, y = tensors(val_data, np.resize(ids, micro))
                 y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
                 with autocast:
                     _, loss = forward(
@@ -879,7 +888,7 @@ if __name__ == "__main__":
         main(args[0], args[1:], check)
     except (UserError, OSError) as e:
         # a rank may be the only one to read a shard
-        leave(f"train: {e}" if rank0 or isinstance(e, ShardChanged) else 1)
+        leave(f"train: {e}" if rank0 or isinstance(e, BadShard) else 1)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             leave("train: out of memory: set a smaller micro_batch_size, which changes no result")

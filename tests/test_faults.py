@@ -514,6 +514,40 @@ def test_foreign_shards_of_another_length_are_not_continued_with(lab):
     assert re.fullmatch(r"train: .*train.*another run_dir\n", result.err), result.err
 
 
+@pytest.mark.parametrize("split, ranks", [("train", 1), ("val", 1), ("train", 2)])
+def test_foreign_shards_with_ids_outside_the_vocabulary(lab, split, ranks):
+    """The id lies where rank 1 of 2 alone meets it, and not in the first update."""
+    name = f"foreign ids {split} {ranks}"
+    data = lab.root / f"{name} data"
+    prepared(lab, data, lab.root / "corpus.jsonl")
+    shutil.move(data / "tokenizer.json", tokenizer := lab.root / f"{name}.json")
+    (data / "dataset.json").unlink()
+    tokens = np.memmap(sorted(data.glob(f"{split}*.bin"))[0], "<u2", "r+", offset=1024)
+    order = prepare_data.window_order(np.arange(N * B), len(shard_tokens(lab, "train")) // (T + 1), 0)
+    place = order[next(p for p in range(2 * B + B // 2, N * B, B) if order[p] * (T + 1) + T < len(tokens))]
+    tokens[(place if split == "train" else 0) * (T + 1) + 5] = 300
+    tokens.flush()
+    options = [f"{s}.{k}" for s in SECTIONS[1:] for k in (f"path={data}", f"hf_tokenizer_path={tokenizer}")]
+    options += [f"{s}.train_tokenizer_vocab_size=null" for s in SECTIONS[1:]]
+    results = lab.finish(lab.start(*options, f"run_dir={lab.root / name}", ranks=ranks))
+    assert all(r.code not in (0, 75) for r in results), results
+    said = "".join(r.err for r in results)
+    assert "Traceback" not in said
+    assert re.search(rf"^train: the {split} shards in .+ hold id 300, .* 300 ids: .+$", said, re.M), said
+
+
+def test_data_of_two_tokenizers_is_refused(lab, shards, tmp_path):
+    shutil.copytree(shards, tmp_path / "other")
+    about = json.loads((shards / "dataset.json").read_text())
+    about["tokenizer"]["sha256"] = "0" * 64
+    (tmp_path / "other" / "dataset.json").write_text(json.dumps(about))
+    options = [f"{s}.hf_tokenizer_path={shards / 'tokenizer.json'}" for s in SECTIONS[1:]]
+    options += [f"{s}.train_tokenizer_vocab_size=null" for s in SECTIONS[1:]]
+    said = refused(lab, tmp_path, *options, *paths(shards)[:1], f"val_dataset_config.path={tmp_path / 'other'}")
+    assert str(shards) in said
+    assert str(tmp_path / "other") in said
+
+
 # -----------------------------------------------------------------------------
 # which data an update saw
 

@@ -342,6 +342,19 @@ def host_copy(x, copies: dict):
     return type(x)(host_copy(v, copies) for v in x) if isinstance(x, (list, tuple)) else x
 
 
+def open_lines(path: Path):
+    """A text file for `put`, which appends lines."""
+    return open(path, "a", 2**24, encoding="utf-8")  # 8 KB, the default, would soon be full
+
+
+def put(line: str, file) -> None:
+    """Write a line. What a full disk or a closed pipe does not take stays in the file's buffer until the next line."""
+    try:
+        print(line, file=file, flush=True)
+    except OSError as e:
+        warnings.warn(f"cannot write to {file.name} ({e.strerror}): training goes on", stacklevel=1)  # once a file
+
+
 def environment(data: list[Shards], world: int, device: torch.device) -> tuple[dict, bytes]:
     """What a run depends on besides its config, and the uncommitted changes to the code as a diff."""
 
@@ -524,13 +537,13 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         about |= {"git_diff": diff_path.name if diff else None, "before": before}
         write_text(folder / "environment.json", json.dumps(about, indent=1) + "\n")
         metrics = keep_metrics(folder / "metrics.jsonl", done)
-        metrics_file = open(folder / "metrics.jsonl", "a", buffering=1)
-        log_file = open(folder / "main.log", "a", buffering=1)
+        metrics_file, log_file = open_lines(folder / "metrics.jsonl"), open_lines(folder / "main.log")
+        files = [metrics_file, log_file]
 
     def log(text: str) -> None:
         if rank == 0:
-            print(text, flush=True)
-            print(text, file=log_file)
+            put(text, sys.stdout)
+            put(text, log_file)
 
     peak = world * matrix_rate(device, getattr(torch, c.dtype)) / raw_model.flops_per_token()  # tokens a second
 
@@ -648,7 +661,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json.decode())
         if c.sample_every:
             samples = keep_metrics(folder / "samples.jsonl", done)
-            samples_file = open(folder / "samples.jsonl", "a", buffering=1)
+            files.append(samples_file := open_lines(folder / "samples.jsonl"))
 
     # ---- metrics: losses stay on the device until they are logged
     pending = []  # (update, learning rate, loss, gradient norm) since the last flush
@@ -666,7 +679,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
 
     def record(line: dict) -> None:
         metrics.append(line)
-        print(json.dumps(line), file=metrics_file)
+        put(json.dumps(line), metrics_file)
         if track:
             track(lambda run: log_row(run, line))
 
@@ -705,6 +718,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                 with whole_file(path.with_name(f"optim_step_{s}.pt")) as f:
                     torch.save(optimizer_state, f)
         if scaler_state is not None:
+            metrics_file.buffer.flush()  # the state is never ahead of the metrics
+            os.fsync(metrics_file.fileno())
             state = {"step": s, "seen_tokens": s * c.batch_size * T, "model": weights}
             state |= {"optimizer": optimizer_state, "scaler": scaler_state}
             new = folder / "resume.new.pt"
@@ -736,8 +751,6 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             optimizer.consolidate_state_dict(to=0)
         if rank == 0:
             settle()
-            if resumable:
-                os.fsync(metrics_file.fileno())  # the state is never ahead of the metrics
             weights = host_copy(raw_model.state_dict(), {})
             optimizer_state = host_copy(optimizer.state_dict(), {}) if with_optimizer else None
             scaler_state = scaler.state_dict() if resumable else None
@@ -770,7 +783,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if due(s, c.sample_every, updates) and (text := sample(s)) is not None:
             log(f"step {s}/{updates} | sample:\n{text}\n")
             samples.append({"step": s, "text": text})
-            print(json.dumps(samples[-1]), file=samples_file)
+            put(json.dumps(samples[-1]), samples_file)
             if track:
                 track(lambda run, s=s: log_row(run, {"step": s, "generation_tables": sample_table(samples)}))
         stop = stopping()
@@ -828,6 +841,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     on_disk = settle() if rank == 0 else True
     code = INTERRUPTED if stop and on_disk else int(not on_disk)
     if rank == 0:
+        for file in files:
+            file.flush()
         try:
             plot_losses({"": metrics}, folder / "loss.png")
         except ImportError:
@@ -865,13 +880,18 @@ def leave(status: int | str) -> NoReturn:
     """
     for act in before_leaving:
         act()
+    if isinstance(status, str):
+        with contextlib.suppress(OSError):
+            print(status, file=sys.stderr)
+        status = 1
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:  # nobody reads it, and Python would end with a code of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if not dist.is_initialized():
         sys.exit(status)
-    if isinstance(status, str):
-        print(status, file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status if isinstance(status, int) else 1)
+    os._exit(status)
 
 
 if __name__ == "__main__":
@@ -888,7 +908,8 @@ if __name__ == "__main__":
         main(args[0], args[1:], check)
     except (UserError, OSError) as e:
         # a rank may be the only one to read a shard
-        leave(f"train: {e}" if rank0 or isinstance(e, BadShard) else 1)
+        again = "; once that is mended, the same command goes on" if isinstance(e, OSError) else ""
+        leave(f"train: {e}{again}" if rank0 or isinstance(e, BadShard) else 1)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(e):
             leave("train: out of memory: set a smaller micro_batch_size, which changes no result")

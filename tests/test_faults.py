@@ -872,6 +872,57 @@ def test_a_disk_that_is_full_once(lab, base, place, nth, missing):
     assert_same_run(folder, base)
 
 
+def no_room_in(path: Path, first: int, last: int):
+    """A file that is written line by line finds its disk full from one update to another."""
+    kept = {}
+
+    def act(n, *_):
+        if n == first:
+            fd = next(int(f.name) for f in Path("/proc/self/fd").iterdir() if f.exists() and f.samefile(path))
+            kept[fd] = os.dup(fd)
+            os.dup2(os.open("/dev/full", os.O_WRONLY), fd)
+        for fd, original in kept.items() if n == last else ():
+            os.dup2(original, fd)
+
+    on_call("torch.nn.utils.clip_grad_norm_", act)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("name", ["metrics.jsonl", "samples.jsonl", "main.log"])
+def test_lines_that_find_the_disk_full_are_written_later(lab, base, name):
+    folder = lab.root / f"full for lines of {name}"
+    result = lab.run(*LONG, f"run_dir={folder}", traps={0: (no_room_in, folder / name, 10, 14)})
+    assert result.code == 0, result.err
+    assert re.fullmatch(rf"train: cannot write to .*{name} \(No space left .+\n", result.err), result.err
+    # no state is ahead of the metrics
+    assert re.findall(r"^could not save what update (\d+) ", result.out, re.M) == ["12"] * (name == "metrics.jsonl")
+    assert_same_run(folder, base)
+    assert (folder / "samples.jsonl").read_bytes() == (base / "samples.jsonl").read_bytes()
+    assert (folder / "main.log").read_text() == result.out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+@pytest.mark.parametrize("name, ranks", [("metrics.jsonl", 1), ("metrics.jsonl", 2), ("main.log", 1)])
+def test_lines_that_are_never_written_end_the_run_with_a_code(lab, base, base2, name, ranks):
+    folder, options = lab.root / f"full for {name} {ranks}", {"ranks": ranks}
+    result = lab.run(*LONG, f"run_dir={folder}", traps={0: (no_room_in, folder / name, 10, 0)}, **options)
+    assert result.code == 1
+    assert "Traceback" not in result.err
+    assert re.search(r"\ntrain: .*No space left on device; .+ goes on\n", result.err), result.err
+    assert (folder / "status").read_text() == "running\n"
+    assert state_of(folder)["step"] == (9 if name == "metrics.jsonl" else N)
+    assert_same_run(lab.train(folder.name, *LONG, **options), (base, base2)[ranks - 1])
+
+
+def test_a_console_that_nobody_reads_does_not_end_the_run(lab, base):
+    """As with 2>&1 | head."""
+    folder, (reader, console) = lab.root / "unread", os.pipe()
+    os.close(reader)
+    command = [sys.executable, ROOT / "train.py", lab.config, *LONG, f"run_dir={folder}"]
+    assert subprocess.run(command, stdout=console, stderr=console).returncode == 0
+    assert_same_run(folder, base)
+
+
 # -----------------------------------------------------------------------------
 # ranks
 

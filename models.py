@@ -95,8 +95,8 @@ def check_shape(c) -> None:
         raise ValueError(f"model_type is {c.model_type!r}, but these are the fields of a {expected}")
     for f in fields(c):
         value = getattr(c, f.name)
-        if f.type is int and (type(value) is not int or value < 1):
-            raise ValueError(f"{f.name} must be a positive whole number, not {value!r}")
+        if f.type is int and (type(value) is not int or not 1 <= value <= 2**31):
+            raise ValueError(f"{f.name} must be a whole number from 1 to {2**31}, not {value!r}")
     if c.n_embd % c.n_head:
         raise ValueError(f"n_embd ({c.n_embd}) must be divisible by n_head ({c.n_head})")
     if isinstance(c, LlamaConfig):

@@ -128,6 +128,8 @@ def convert(value, kind, name: str):
             return value
         raise UserError(f"{name} must be one of {', '.join(map(str, typing.get_args(kind)))}, not {value!r}")
     kinds = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if str in kinds and "\0" in str(value):
+        raise UserError(f"{name} must be text without NUL bytes, not {value!r}")
     if type(value) in kinds and not (isinstance(value, float) and not math.isfinite(value)):
         return value
     if str in kinds and isinstance(value, datetime.date):

@@ -904,6 +904,8 @@ if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"
     if not rank0:
         warnings.simplefilter("ignore")
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold what the console's encoding has not
     try:
         main(args[0], args[1:], check)
     except (UserError, OSError) as e:

@@ -236,6 +236,30 @@ def test_weights_whose_bytes_changed_are_refused(base, tmp_path):
         run_info.PretrainRunInfo.from_path(tmp_path / "run").load_model()
 
 
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        (f"model.rotary_base={10**40}", r"model.rotary_base .*2147483648"),
+        (f"model.vocab_size={10**20}", r"model.vocab_size .*2147483648"),
+        (f"model.n_intermediate={2**63 - 1}", r"model.n_intermediate .*2147483648"),
+        (r'run_dir="a\0b"', r"run_dir .*NUL.*'a\\x00b'"),
+        (r'train_dataset_config.name="a\0b"', r"train_dataset_config.name .*NUL"),
+    ],
+)
+def test_values_that_cannot_be(lab, tmp_path, override, says):
+    assert re.search(says, refused(lab, tmp_path, override))
+
+
+def ascii_console():
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")  # as with PYTHONIOENCODING=ascii
+
+
+def test_samples_on_a_console_that_knows_ascii_alone(lab, base):
+    folder = lab.train("ascii", *LONG, traps={0: (ascii_console,)})
+    assert_same_run(folder, base)
+    assert "\u00e9" in (folder / "main.log").read_text(encoding="utf-8")
+
+
 # -----------------------------------------------------------------------------
 # provenance
 

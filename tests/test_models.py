@@ -442,8 +442,8 @@ def test_builds_on_the_meta_device(name):
     "names,fields,message",
     [
         (ALL, {"n_embd": 30}, r"n_embd \(30\) must be divisible by n_head \(4\)"),
-        (ALL, {"n_layer": 0}, "n_layer must be a positive whole number, not 0"),
-        (ALL, {"n_head": 4.0}, "n_head must be a positive whole number, not 4.0"),
+        (ALL, {"n_layer": 0}, "n_layer must be a whole number from 1 to 2147483648, not 0"),
+        (ALL, {"n_head": 4.0}, "n_head must be a whole number from 1 to 2147483648, not 4.0"),
         (ALL, {"model_type": "GPT5"}, "model_type is 'GPT5'"),
         (LLAMAS, {"n_key_value_heads": 3}, r"n_head \(4\) must be divisible by n_key_value_heads \(3\)"),
         (LLAMAS, {"n_key_value_heads": 8}, r"n_head \(4\) must be divisible by n_key_value_heads \(8\)"),

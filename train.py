@@ -468,9 +468,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
 
     # ---- model and optimizer, from the run's state if it is continued
     if world > 1 and not check:
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10)
-        )
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
     if device.type == "cuda" and not check:
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high" if c.tensorcores else "highest")
@@ -627,12 +626,10 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                 return None
             ids = val_ids[i + rank : i + micro * world : world]
             if len(ids):
-                x, y = tensors(val_data, np.resize(ids, micro))
+                x, y = (z.to(device, non_blocking=True) for z in tensors(val_data, np.resize(ids, micro)))
                 y[len(ids) :] = -1  # a last batch that is not full keeps its shape, so that nothing is compiled again
                 with autocast:
-                    _, loss = forward(
-                        x.to(device, non_blocking=True), y.to(device, non_blocking=True), return_logits=False
-                    )
+                    _, loss = forward(x, y, return_logits=False)
                 losses.append(loss)
                 counts.append(len(ids))
         counts = torch.tensor(counts, dtype=torch.float64)
@@ -803,7 +800,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         loss = torch.zeros((), device=device)
         for i in range(n_micro):
             part = slice(i * micro, (i + 1) * micro)
-            x_part, y_part = x[part].to(device, non_blocking=True), y[part].to(device, non_blocking=True)
+            x_part, y_part = (z[part].to(device, non_blocking=True) for z in (x, y))
             # gradients are summed over the ranks once an update, with the last micro-batch
             with contextlib.nullcontext() if world == 1 or i == n_micro - 1 else model.no_sync():
                 with autocast:
@@ -821,10 +818,11 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         pending.append((s, lr, loss, norm.detach()))
-        if s == done + 1 or s % c.train_log_every == 0 or s == updates:
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds, timed = seconds + time.monotonic() - t0, timed + 1
+        logged = s == done + 1 or s % c.train_log_every == 0 or s == updates
+        if logged and device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, timed = seconds + time.monotonic() - t0, timed + 1
+        if logged:
             ms, rate = 1000 * seconds / timed, timed * c.batch_size * T / seconds
             flush()
             if rank == 0:
@@ -834,8 +832,6 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                     f"step {s}/{updates} | loss {m['train_loss']:.4f} | norm {m['grad_norm']:.3f} | lr {lr:.2e} | "
                     f"{ms:.1f} ms | {rate:,.0f} tokens/s | ETA {left}"
                 )
-        else:
-            seconds, timed = seconds + time.monotonic() - t0, timed + 1
 
     # ---- the end: everything is on disk before the run says so
     on_disk = settle() if rank == 0 else True

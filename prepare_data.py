@@ -958,7 +958,7 @@ def encode_rows(source, encoder: TextEncoder, is_tokenized: bool, batch):
 
 
 def grouped(rows, max_size: int = 1 << 19, max_rows: int = 1024):
-    """Lists of rows: a list is worth a thread's while, and a long document stands almost alone."""
+    """Lists of rows: a list is worth a worker's while, and a long document stands almost alone."""
     group, size = [], 0
     for item in rows:
         group.append(item)

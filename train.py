@@ -639,7 +639,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         return (total[0] / total[1]).item()
 
     def sample(s: int) -> str | None:
-        """Text that rank 0 writes after EOS, drawn by sample_seed and s alone; None if a signal came to any rank."""
+        """Text after EOS, drawn by sample_seed and s alone; None on ranks > 0, and if a signal came to any."""
         ids = torch.tensor([eos], device=device)
         with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
             torch.manual_seed(c.sample_seed + s)
@@ -648,9 +648,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
                     return None
                 if rank == 0 and not (len(ids) > 1 and ids[-1] == eos):
                     ids = raw_model.generate(ids, 8, SAMPLE_TEMPERATURE, SAMPLE_TOP_K, eos)
-        if rank > 0:
-            return None
-        return tokenizer.decode([i for i in ids.tolist()[1:] if i < vocab_size], skip_special_tokens=True)
+        return tokenizer.decode(ids.tolist()[1:], skip_special_tokens=True) if rank == 0 else None
 
     if rank == 0:
         import tokenizers

@@ -305,7 +305,7 @@ def sample_table(samples: list[dict]):
 
 def wandb_tracker(c: Config, folder: Path, log):
     """A function that hands the W&B run to an action. W&B never stops training: after a failure it does nothing."""
-    failed = False
+    run, failed = None, False
 
     def track(action) -> None:
         nonlocal failed
@@ -316,18 +316,17 @@ def wandb_tracker(c: Config, folder: Path, log):
                 failed = True
                 log(f"W&B failed ({type(e).__name__}: {' '.join(str(e).split())}); training goes on without it")
 
+    def start(_) -> None:
+        nonlocal run
+        import wandb
+
+        about = {"project": c.wandb_project, "dir": folder, "config": config_dict(c)}
+        run = wandb.init(id=id_file.read_text(), resume="allow", **about)
+
     id_file = folder / "wandb_run_id"  # a continued run goes on in the same W&B run
     if not id_file.exists():
         write_text(id_file, "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(8)))
-    try:
-        import wandb
-
-        run = wandb.init(
-            project=c.wandb_project, id=id_file.read_text(), resume="allow", dir=folder, config=config_dict(c)
-        )
-    except Exception as e:
-        failed = True
-        log(f"W&B failed ({type(e).__name__}: {' '.join(str(e).split())}); training goes on without it")
+    track(start)
     return track
 
 

@@ -250,8 +250,8 @@ def hold(folder: Path) -> bool:
 
 
 def load_state(folder: Path) -> dict | None:
-    """The state to continue from: resume.pt, or the one before it if that cannot be read, or None."""
-    for name in ("resume.pt", "resume.new.pt", "resume.previous.pt"):  # new: a kill came between a save's renames
+    """The state to continue from: the last one, or the one before it if that cannot be read, or None."""
+    for name in ("resume.new.pt", "resume.pt", "resume.previous.pt"):  # new: a kill came before a save's renames
         if (folder / name).exists():
             try:
                 state = load_file(folder / name)

@@ -266,12 +266,20 @@ def write_text(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
-def read_json(path: Path):
-    """What a JSON file written here holds. UserError if it is damaged."""
+def read_record(path: Path) -> dict:
+    """What dataset.json, or the record of a preparation under way, holds. UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}): delete its folder and prepare it again") from e
+        record = json.loads(path.read_text())
+        parts = [e for about in record["splits"].values() for e in about["shards"]]
+        numbers, names = [e["tokens"] + e["documents"] for e in parts], [e["file"] + e["sha256"] for e in parts]
+        if "tokenizer" in record or path.name == "dataset.json":
+            about = record["tokenizer"]
+            numbers, names = [*numbers, about["vocab_size"], about["eos_token_id"]], [*names, about["sha256"]]
+        sum(numbers), "".join(names), dict(record["source"])
+        return record
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        reason = f"{type(e).__name__}: {e}"
+        raise UserError(f"{path} is damaged ({reason}): delete its folder and prepare it again") from e
 
 
 def sha256_file(path: Path) -> str:
@@ -783,7 +791,7 @@ class Shards:
         """`prepare` is the command that writes the shards, for the error that they are not there."""
         self.folder, self.split, self.info = folder, split, {}
         if (folder / "dataset.json").exists():
-            self.info = read_json(folder / "dataset.json")
+            self.info = read_record(folder / "dataset.json")
             entries = self.info["splits"].get(split, {}).get("shards", [])
             self.files = [folder / e["file"] for e in entries]
         else:  # llm.c's or modded-nanogpt's, unless a preparation is under way
@@ -1119,7 +1127,7 @@ def plan(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> 
                 raise UserError(f"{found} was not written by a preparation: choose another path")
         fresh = dict.fromkeys(("tokens", "documents", "empty_documents", "bytes", "row", "skip"), 0)
         return {"source": record, "splits": {s: fresh | {"place": None, "shards": []} for s in configs}}
-    there = read_json(path)
+    there = read_record(path)
     if differ := differences(there["source"], record):
         raise UserError(
             f"{folder} was prepared from another config: {'; '.join(differ)}; choose another path or delete it"
@@ -1230,7 +1238,7 @@ def verify(folder: Path, prepare: str) -> None:
     """Read again all that dataset.json vouches for; UserError names the first thing that is wrong."""
     if not (folder / "dataset.json").exists():
         raise UserError(f"{folder} is not prepared: run {prepare}")
-    info = read_json(folder / "dataset.json")
+    info = read_record(folder / "dataset.json")
     again = f"delete {folder} and run {prepare}"
     if sha256_file(folder / "tokenizer.json") != info["tokenizer"]["sha256"]:
         raise UserError(f"{folder / 'tokenizer.json'} is not the one that encoded the shards: {again}")

@@ -1281,6 +1281,31 @@ def test_damaged_shards(here, kind):
             pd.Shards(here / "out", "train", "")
 
 
+@pytest.mark.parametrize(
+    "place",
+    ["", "source", "tokenizer", "splits", "splits.train.shards"]
+    + [f"splits.train.shards.1.{k}" for k in ("file", "tokens", "documents", "sha256")]
+    + [f"tokenizer.{k}" for k in ("sha256", "vocab_size", "eos_token_id")],
+)
+@pytest.mark.parametrize("value", [None, "left out"])
+def test_a_damaged_record(here, run_here, place, value):
+    write_files(here, {"docs.jsonl": jsonl(DOCS), "config.yaml": config({})})
+    prepare_here("--shard-tokens", 100)
+    path = here / "out" / "dataset.json"
+    record = inner = {"": json.loads(path.read_text())}
+    *steps, last = ["", *filter(None, place.split("."))]
+    for step in steps:
+        inner = inner[int(step) if step.isdigit() else step]
+    if value is None:
+        inner[last] = None
+    else:
+        del inner[last]
+    path.write_text(json.dumps(record.get("", {})))
+    for arguments in ([], ["--verify"], ["--peek", "1"]):
+        done = run_here("prepare_data.py", "config.yaml", *arguments)
+        assert done.returncode == 1 and "dataset.json is damaged" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
 def test_splits_of_foreign_shards_by_their_names(here):
     names = {
         "train": ["a_train_01.bin", "a_train_02.bin", "train.bin"],

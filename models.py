@@ -424,26 +424,26 @@ def load_file(path):
 
 
 class LanguageModel(nn.Module):
-    """A child registers wte, h and ln_f in the order in which their weights are drawn, then calls `finish`."""
+    """A child's `build` registers wte, h and ln_f, in the order in which their weights are drawn."""
 
     config_class: type
 
-    def __init__(self, config):
+    def __init__(self, config, init_seed: int = 42):
         super().__init__()
         self.config = config
+        self.build(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.wte.weight = self.lm_head.weight
+        if not self.lm_head.weight.is_meta:
+            self.draw_weights(torch.Generator().manual_seed(init_seed))
 
     def __setattr__(self, name, value):
         if isinstance(getattr(type(self), name, None), property):  # nn.Module would register a second, unused child
             raise AttributeError(f"{type(self).__name__}.{name} is another name of a registered module: assign to that")
         super().__setattr__(name, value)
 
-    def finish(self, init_seed: int) -> None:
-        """Add lm_head, tied to wte, and draw all weights: N(0, 0.02), less where a block writes to the residual."""
-        self.lm_head = nn.Linear(self.config.n_embd, self.config.vocab_size, bias=False)
-        self.wte.weight = self.lm_head.weight
-        if self.lm_head.weight.is_meta:
-            return
-        rng = torch.Generator().manual_seed(init_seed)
+    def draw_weights(self, rng: torch.Generator) -> None:
+        """N(0, 0.02), less where a block writes to the residual; biases 0."""
         for module in self.modules():
             if module is self.lm_head or not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue
@@ -609,13 +609,11 @@ class GPT2(LanguageModel):
     config_class = GPT2Config
     h = property(lambda self: self.h_torch)
 
-    def __init__(self, config: GPT2Config, init_seed: int = 42):
-        super().__init__(config)
+    def build(self, config: GPT2Config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h_torch = nn.ModuleList(GPT2Block(config, "qkv", "c_proj", "c_proj") for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.finish(init_seed)
 
 
 class GPT2Simple(LanguageModel):
@@ -623,13 +621,11 @@ class GPT2Simple(LanguageModel):
 
     config_class = GPT2SimpleConfig
 
-    def __init__(self, config: GPT2SimpleConfig, init_seed: int = 42):
-        super().__init__(config)
+    def build(self, config: GPT2SimpleConfig) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(GPT2Block(config, "", "o_proj", "down_proj") for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd)
-        self.finish(init_seed)
 
 
 class Llama(LanguageModel):
@@ -640,8 +636,7 @@ class Llama(LanguageModel):
     h = property(lambda self: self.transformer["h"])
     ln_f = property(lambda self: self.transformer["rms_f"])
 
-    def __init__(self, config: LlamaConfig, init_seed: int = 42):
-        super().__init__(config)
+    def build(self, config: LlamaConfig) -> None:
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -649,7 +644,6 @@ class Llama(LanguageModel):
                 "rms_f": RMSNorm(config.n_embd, config.rms_norm_eps),
             }
         )
-        self.finish(init_seed)
 
 
 class LlamaSimple(LanguageModel):
@@ -658,12 +652,10 @@ class LlamaSimple(LanguageModel):
     config_class = LlamaSimpleConfig
     gelu_mlp = False
 
-    def __init__(self, config: LlamaSimpleConfig, init_seed: int = 42):
-        super().__init__(config)
+    def build(self, config: LlamaSimpleConfig) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(LlamaBlock(config, "", "o_proj", self.gelu_mlp) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.finish(init_seed)
 
 
 class LlamaSimpleMLP(LlamaSimple):

@@ -430,6 +430,13 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
+    def failed_anywhere(failure: str) -> str:
+        """What failed on this rank or another; empty if nothing did. All ranks ask at the same places."""
+        failures = [failure] * world
+        if dist.is_initialized():
+            dist.all_gather_object(failures, failure)
+        return max(failures)
+
     # ---- set-up: everything that can be wrong is found before anything is written
     c = load_config(config_path, overrides)
     if c.run_dir:
@@ -480,16 +487,13 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     state = load_state(Path(c.run_dir)) if c.run_dir else None
     start = c.from_pretrained or f"seed {c.init_seed}"
     if c.from_pretrained and not state:
-        failures = [""]
+        failure = ""
         try:
             start = load_pretrained(raw_model, c.from_pretrained)  # of ranks that want it from W&B, one downloads it
         except UserError as e:
-            failures = [str(e)]
-        if dist.is_initialized():  # the first to fail would end the others before rank 0 says why
-            failure, failures = failures[0], [None] * world
-            dist.all_gather_object(failures, failure)
-        if any(failures):
-            raise UserError(max(failures))
+            failure = str(e)
+        if failure := failed_anywhere(failure):  # the first to fail would end the others before rank 0 says why
+            raise UserError(failure)
     if check:
         print(Path(c.run_dir) if c.run_dir else f"{parent_of_runs(c)}/")
         leave(0)
@@ -574,12 +578,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
             optimizer.zero_grad(set_to_none=True)
         except Exception as e:
             failure = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        failures = [failure]
-        if world > 1:  # all ranks or none: compiled and eager arithmetic differ
-            failures = [None] * world
-            dist.all_gather_object(failures, failure)
-        if any(failures):
-            log(f"torch.compile does not work here ({max(failures)}): training goes on without it, slower")
+        if failure := failed_anywhere(failure):  # all ranks or none: compiled and eager arithmetic differ
+            log(f"torch.compile does not work here ({failure}): training goes on without it, slower")
             model = raw_model
         else:
             log(f"torch.compile: done in {time.monotonic() - began:.0f} s")

@@ -79,20 +79,15 @@ class PretrainRunInfo:
                 f"({WANDB_FORMS}; a runid is 8 of a-z and 0-9, with or without one more and a dash before)"
             )
         configs = []
-        for name in ("final_config.yaml", "model_config.yaml"):
+        for name in CONFIGS:
             if not (folder / name).exists():
                 raise RunNotFound(f"{folder} is not a run folder: it has no {name}")
             configs.append(read_config(folder / name))
         if configs[0].get("enable_ln_ablation") and weights:
             raise UserError(f"{folder}: the run took its norms out (enable_ln_ablation); the models here all have them")
-        if not on_wandb and (step is not None or checkpoint is None):
-            found = checkpoints_in(folder)
-            if not found and (weights or step is not None):
-                raise RunNotFound(f"{folder} has no checkpoints/model_step_N.pt: the run has not saved any yet")
-            if step is not None and step not in found:
-                raise RunNotFound(f"{folder} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-            if found:
-                checkpoint = found[max(found) if step is None else step]
+        found = checkpoints_in(folder)
+        if not on_wandb and (step is not None or (checkpoint is None and (found or weights))):
+            checkpoint = at_step(found, step, str(folder))
         tokenizer = folder / "tokenizer.json"
         return cls(
             folder=folder,
@@ -200,12 +195,22 @@ def checkpoints_in(folder: Path) -> dict[int, Path]:
     for place in (folder / "checkpoints", folder):
         if found := checkpoint_names(p.name for p in place.glob("model_step_*.pt") if p.is_file()):
             break
-    return {step: place / name for step, name in found}
+    return {step: place / name for step, name in found.items()}
 
 
-def checkpoint_names(names) -> list[tuple[int, str]]:
-    """(updates done, name) of each name that is a checkpoint's, in order."""
-    return sorted((int(m[1]), name) for name in names if (m := re.fullmatch(r"model_step_([0-9]{1,18})\.pt", name)))
+def checkpoint_names(names) -> dict[int, str]:
+    """Updates done -> name, for each name that is a checkpoint's, in order."""
+    matches = (re.fullmatch(r"model_step_([0-9]{1,18})\.pt", name) for name in names)
+    return dict(sorted((int(m[1]), m[0]) for m in matches if m))
+
+
+def at_step(checkpoints: dict, step: int | None, run: str):
+    """The checkpoint after `step` updates, or the last one. Raises RunNotFound if the run has none."""
+    if not checkpoints:
+        raise RunNotFound(f"{run} has no model_step_N.pt: the run has not saved any yet")
+    if step is not None and step not in checkpoints:
+        raise RunNotFound(f"{run} has no checkpoint of step {step}; it has {', '.join(map(str, checkpoints))}")
+    return checkpoints[max(checkpoints) if step is None else step]
 
 
 # -----------------------------------------------------------------------------
@@ -245,7 +250,7 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
             return None
         if listing["run"] != name:
             raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
-        final = listing["state"] == "finished" or not weights or step in dict(checkpoint_names(listing["files"]))
+        final = listing["state"] == "finished" or not weights or step in checkpoint_names(listing["files"])
         files = final and wanted_files(listing, step, weights)
         return files if files and all(is_whole(folder / f, *listing["files"][f]) for f in files) else None
 
@@ -272,19 +277,12 @@ def read_object(path: Path) -> dict:
 
 def wanted_files(listing: dict, step: int | None, weights: bool) -> list[str]:
     """The files of a listed run at `step`, the checkpoint last. Raises RunNotFound if it has no such."""
-    name, files = f"W&B's run {listing['run']}", listing["files"]
+    name, files = f"W&B's run {listing['run']} ({listing['state']})", listing["files"]
     for config in CONFIGS:
         if config not in files:
             raise RunNotFound(f"{name} has no {config}: train.py and SPD's pretraining save one")
     wanted = [*CONFIGS, *files.keys() & {"tokenizer.json"}]
-    if not weights:
-        return wanted
-    found = dict(checkpoint_names(files))
-    if not found:
-        raise RunNotFound(f"{name} has no model_step_N.pt: it has saved no checkpoint (its state: {listing['state']})")
-    if step is not None and step not in found:
-        raise RunNotFound(f"{name} has no checkpoint of step {step}; it has {', '.join(map(str, found))}")
-    return [*wanted, found[max(found) if step is None else step]]
+    return [*wanted, at_step(checkpoint_names(files), step, name)] if weights else wanted
 
 
 def is_whole(path: Path, size: int, md5: str | None) -> bool:
@@ -648,7 +646,7 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
             parameters[kind] += p.numel()
     c, data = info.config_dict, mapping(info.config_dict.get("train_dataset_config"))
     status, about = info.folder / "status", read_object(info.folder / "environment.json")
-    on_wandb = dict(checkpoint_names(read_object(info.folder / LISTING).get("files", ())))  # here or not
+    on_wandb = checkpoint_names(read_object(info.folder / LISTING).get("files", ()))  # here or not
     steps = sorted(info.checkpoints.keys() | on_wandb)
     losses, tokens = {}, None
     with contextlib.suppress(() if info.tokenizer_path else UserError):  # a tokenizer elsewhere may be out of reach

@@ -375,7 +375,7 @@ class Float32ForBfloat16(TorchFunctionMode):
 
 
 class MuonAndAdamW:
-    """Both as one optimizer. `lr_factor` in Muon's group: its learning rate over AdamW's, whatever the schedule."""
+    """Both as one optimizer."""
 
     def __init__(self, muon, adamw):
         self.muon, self.adamw = muon, adamw
@@ -536,10 +536,8 @@ class LanguageModel(nn.Module):
                 break
         return idx[0] if one_dim else idx
 
-    def configure_optimizers(
-        self, weight_decay, learning_rate, betas, device_type, zero_stage=0, muon_learning_rate=None
-    ):
-        """AdamW that decays tensors of two dimensions and more; with a muon_learning_rate, Muon for blocks' matrices.
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage=0, muon=False):
+        """AdamW that decays tensors of two dimensions and more; with `muon`, Muon for the matrices inside blocks.
 
         zero_stage 1 shards its state over the ranks of the process group, where there is one. Raises ValueError for
         stages 2 and 3, and for Muon with stage 1 or a torch that has none.
@@ -547,7 +545,7 @@ class LanguageModel(nn.Module):
         if zero_stage not in (0, 1):
             raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
         params = [p for p in self.parameters() if p.requires_grad]
-        if muon_learning_rate is not None:
+        if muon:
             if zero_stage == 1:
                 raise ValueError("Muon's state cannot be sharded: set zero_stage to 0")
             if not hasattr(torch.optim, "Muon"):
@@ -567,14 +565,10 @@ class LanguageModel(nn.Module):
                 groups, optimizer_class=torch.optim.AdamW, lr=learning_rate, betas=betas, fused=fused
             )
         adamw = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
-        if muon_learning_rate is None:
+        if not muon:
             return adamw
-        muon = torch.optim.Muon(
-            [{"params": matrices, "lr_factor": muon_learning_rate / learning_rate}],
-            lr=muon_learning_rate,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",  # an update's size does not hang on the matrix's shape
-        )
+        # an update as large as AdamW's, whatever the matrix's shape: one learning rate fits both
+        muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
         return MuonAndAdamW(muon, adamw)
 
     @classmethod

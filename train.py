@@ -65,7 +65,7 @@ class Config:
     val_dataset_config: DatasetConfig = key("the data to validate on")
     batch_size: int = key("sequences in the global batch, over all ranks and micro-batches", low=1, high=2**24)
     num_iterations: int = key("optimizer updates", low=1, high=2**31)
-    learning_rate: float = key("the peak, reached at update warmup_iters", above=0)
+    learning_rate: float = key("the peak, reached at update warmup_iters; muon has its own", above=0)
     warmup_iters: int = key("updates of linear warm-up; a cosine follows, to num_iterations", low=0)
     learning_rate_decay_frac: float = key("the last update's learning rate as a fraction of the peak", low=0, high=1)
     weight_decay: float = key("the optimizer's, on tensors of two dimensions and more", low=0)
@@ -79,7 +79,7 @@ class Config:
     keep_optimizer: bool = key("beside model_step_N.pt, keep the optimizer's state: optim_step_N.pt", False)
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
     optimizer: Literal["adamw", "muon"] = key("muon: Muon for the matrices inside blocks, AdamW for the rest", "adamw")
-    muon_learning_rate: float | None = key("the peak of Muon's; null: 0.005", None, above=0)
+    muon_learning_rate: float | None = key("the peak, if the optimizer is muon; null: 0.005", None, above=0)
     train_log_every: int = key("updates between lines on the console", 100, low=1)
     micro_batch_size: int | None = key("sequences per rank and forward; null: batch_size / ranks", None, low=1)
     init_seed: int = key("of the initial weights", 42, low=0, high=2**62)
@@ -159,13 +159,17 @@ def print_help() -> None:
 # small pure helpers
 
 
+MUON_LEARNING_RATE = 0.005  # of 0.002, 0.003, 0.005 and 0.008 the one with the least loss: README, Muon
+
+
 def learning_rate_at(s: int, c: Config) -> float:
     """The learning rate of update s = 1 ... num_iterations."""
+    peak = c.learning_rate if c.optimizer == "adamw" else c.muon_learning_rate or MUON_LEARNING_RATE
     if s <= c.warmup_iters:
-        return c.learning_rate * s / c.warmup_iters
-    least = c.learning_rate * c.learning_rate_decay_frac
+        return peak * s / c.warmup_iters
+    least = peak * c.learning_rate_decay_frac
     progress = (s - c.warmup_iters) / (c.num_iterations - c.warmup_iters)
-    return least + (c.learning_rate - least) * (1 + math.cos(math.pi * progress)) / 2
+    return least + (peak - least) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def is_checkpoint(s: int, c: Config) -> bool:
@@ -393,7 +397,6 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 # the run
 
 SAMPLE_TEMPERATURE, SAMPLE_TOP_K = 0.8, 40
-MUON_LEARNING_RATE = 0.005  # the default
 # seconds that W&B may keep a run waiting, unless the environment says otherwise; its own: 90, and at the end any time
 WANDB_LIMITS = {"WANDB_INIT_TIMEOUT": "30", "WANDB_FINISH_TIMEOUT": "300", "WANDB_FINISH_TIMEOUT_RAISES": "true"}
 INTERRUPTED = 75  # exit code: stopped by a signal, state saved, the same command goes on (EX_TEMPFAIL)
@@ -512,9 +515,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     if state:
         raw_model.load_state_dict(state["model"])
     raw_model.to(device)
-    muon = (c.muon_learning_rate or MUON_LEARNING_RATE) if c.optimizer == "muon" else None
-    betas = 0.9, 0.95
-    optimizer = raw_model.configure_optimizers(c.weight_decay, c.learning_rate, betas, device.type, c.zero_stage, muon)
+    settings = c.weight_decay, c.learning_rate, (0.9, 0.95), device.type, c.zero_stage
+    optimizer = raw_model.configure_optimizers(*settings, muon=c.optimizer == "muon")
     scaler = torch.amp.GradScaler(device.type, enabled=c.dtype == "float16")
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -793,7 +795,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         batch = reader.submit(read_update, s + 1)
         lr = learning_rate_at(s, c)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_factor", 1.0)
+            group["lr"] = lr
         loss = torch.zeros((), device=device)
         for i in range(n_micro):
             part = slice(i * micro, (i + 1) * micro)

@@ -72,7 +72,7 @@ class DatasetConfig:
     split: str = key("which rows: train, validation ..., or a slice such as train[:95%], train[-100:]", "train")
     column_name: str = key("column that holds the text, or the token ids", "text")
     is_tokenized: bool = key("rows are token ids already: kept whole, no EOS added", False)
-    hf_tokenizer_path: str | None = key("gpt2, a hub id, or a tokenizer.json", None)
+    hf_tokenizer_path: str | None = key("gpt2, a hub id, or a tokenizer.json; val takes train's", None)
     train_tokenizer_vocab_size: int | None = key(
         "instead: train a byte-level BPE of this size", None, low=257, high=65536
     )
@@ -82,7 +82,9 @@ class DatasetConfig:
     )
     n_ctx: int = key("tokens in a window: the model's n_ctx + 1", low=2)
     shuffle_each_epoch: bool = key("another order each epoch; false repeats the first", True)
-    path: str | None = key("folder of the shards (default: data/<name>-<tokenizer>)", None)
+    path: str | None = key(
+        "folder of the shards (default: data/<name>-<tokenizer>; val takes train's if the names are equal)", None
+    )
     revision: str | None = key("the hub dataset's branch, tag or commit", None)
 
     def folder(self) -> Path:
@@ -275,7 +277,7 @@ def read_record(path: Path) -> dict:
         if "tokenizer" in record or path.name == "dataset.json":
             about = record["tokenizer"]
             numbers, names = [*numbers, about["vocab_size"], about["eos_token_id"]], [*names, about["sha256"]]
-        sum(numbers), "".join(names), dict(record["source"])
+        sum(numbers), "".join(names), [dict(about) for about in record["source"].values()]
         return record
     except (ValueError, LookupError, TypeError, AttributeError) as e:
         reason = f"{type(e).__name__}: {e}"
@@ -1102,10 +1104,15 @@ def encode_split(folder: Path, split: str, opened, encode, shard_tokens: int, do
 PROGRESS = ".progress.json"
 
 
+def asked(c: DatasetConfig) -> dict:
+    """What a config says of the source and the tokenizer."""
+    about = {k: getattr(c, k) for k in ("name", "split", "column_name", "is_tokenized", "revision")}
+    return about | {"tokenizer": c.hf_tokenizer_path or f"trained, {c.train_tokenizer_vocab_size}"}
+
+
 def identity(c: DatasetConfig, shard_tokens: int) -> dict:
     """What the bytes of a split depend on, told without reading the source."""
-    about = {k: getattr(c, k) for k in ("name", "split", "column_name", "is_tokenized", "revision")}
-    about["tokenizer"] = c.hf_tokenizer_path or f"trained, {c.train_tokenizer_vocab_size}"
+    about = asked(c)
     if c.hf_tokenizer_path and tokenizer_file(c.hf_tokenizer_path).is_file():
         about["tokenizer_sha256"] = sha256_file(tokenizer_file(c.hf_tokenizer_path))
     files = local_files(c) or [Path(p) for p in glob.glob(c.name, recursive=True)]

@@ -40,6 +40,7 @@ from prepare_data import (
     DatasetConfig,
     Shards,
     UserError,
+    asked,
     build,
     dataset_configs,
     differences,
@@ -75,7 +76,7 @@ class Config:
     sample_every: int = key("updates between samples of text; 0: none", low=0)
     intermediate_checkpoints: bool = key("keep weights at 0, 1, 2, 4 ... 512, 1000, 2000 ...; false: the last only")
     checkpoint_steps: list[int] | None = key("keep weights at these updates too", None)
-    checkpoint_every: int = key("keep weights every so many updates too; 0: do not", 0, low=0)
+    checkpoint_every: int = key("keep weights at 0 and every so many updates too; 0: do not", 0, low=0)
     keep_optimizer: bool = key("beside model_step_N.pt, keep the optimizer's state: optim_step_N.pt", False)
     dtype: Literal["float32", "bfloat16", "float16"] = key("precision of the matrix products; float16 on CUDA only")
     optimizer: Literal["adamw", "muon"] = key("muon: Muon for the matrices inside blocks, AdamW for the rest", "adamw")
@@ -465,9 +466,18 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     train_data = Shards(c.train_dataset_config.folder(), "train", prepare)
     val_data = Shards(c.val_dataset_config.folder(), "val", prepare)
     n_windows, n_val_windows = train_data.n_tokens // (T + 1), val_data.n_tokens // (T + 1)
-    for split, data, n in (("train", train_data, n_windows), ("val", val_data, n_val_windows)):
+    notes = []
+    for data, section, n in (
+        (train_data, c.train_dataset_config, n_windows),
+        (val_data, c.val_dataset_config, n_val_windows),
+    ):
         if n == 0:
-            raise UserError(f"the {split} shards hold {data.n_tokens} tokens, fewer than one window of n_ctx ({T + 1})")
+            raise UserError(
+                f"the {data.split} shards hold {data.n_tokens} tokens, fewer than one window of n_ctx ({T + 1})"
+            )
+        here, there = asked(section), data.info.get("source", {}).get(data.split)  # foreign shards do not tell
+        if there and (differ := differences({k: there.get(k) for k in here}, here)):
+            notes.append(f"note: {data.folder} was prepared from another config: {'; '.join(differ)}")
     made_with = [d.info["tokenizer"]["sha256"] for d in (train_data, val_data) if "tokenizer" in d.info]
     if len({*made_with}) > 1:
         raise UserError(f"{train_data.folder} and {val_data.folder} have different tokenizers: prepare both with one")
@@ -498,6 +508,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if failure := failed_anywhere(failure):  # the first to fail would end the others before rank 0 says why
             raise UserError(failure)
     if check:
+        print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
         print(Path(c.run_dir) if c.run_dir else f"{parent_of_runs(c)}/")
         leave(0)
     chosen = [choose_folder(c) if rank == 0 else None]
@@ -543,6 +554,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         metrics = keep_metrics(folder / "metrics.jsonl", done)
         metrics_file, log_file = open_lines(folder / "metrics.jsonl"), open_lines(folder / "main.log")
         files = [metrics_file, log_file]
+        error_logs.append(log_file)
 
     def log(text: str) -> None:
         if rank == 0:
@@ -556,6 +568,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     n_params = sum(p.numel() for p in raw_model.parameters())
     log(f"model: {c.model.model_type}, {n_params:,} parameters, from {start}")
     log(f"data: {train_data.n_tokens:,} tokens, {n_windows:,} windows of {T + 1}; for validation {n_val_windows:,}")
+    for note in notes:
+        log(note)
     log(f"plan: {updates:,} updates of {c.batch_size * T:,} tokens: {tokens:,} tokens, {epochs:.2f} epochs")
     log(f"on: {world} x {device.type}, {c.dtype}, {n_micro} x {micro} sequences a rank and update")
     log(f"writes: {folder}" + (f", continuing after update {done}" if state else ""))
@@ -866,6 +880,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
 
 
 before_leaving = []  # what a run that fails has still to do
+error_logs = []  # where the reason is written, besides stderr
 
 
 def leave(status: int | str) -> NoReturn:
@@ -876,8 +891,9 @@ def leave(status: int | str) -> NoReturn:
     for act in before_leaving:
         act()
     if isinstance(status, str):
-        with contextlib.suppress(OSError):
-            print(status, file=sys.stderr)
+        for stream in (sys.stderr, *error_logs):
+            with contextlib.suppress(OSError):
+                print(status, file=stream, flush=True)
         status = 1
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

@@ -746,6 +746,7 @@ def test_what_is_not_finite_ends_the_run_before_the_weights(lab, ranks, saves):
     result = lab.run(*options, ranks=ranks)
     assert result.code not in (0, 75)
     assert re.match(r"train: update 2 ", result.err.splitlines()[-1]), result.err
+    assert (folder / "main.log").read_text().splitlines()[-1].startswith("train: update 2 ")
     assert "Traceback" not in result.err
     assert [m["step"] for m in metrics(folder)] == [1]
     assert (folder / "resume.pt").exists() == bool(saves)
@@ -755,6 +756,22 @@ def test_what_is_not_finite_ends_the_run_before_the_weights(lab, ranks, saves):
         assert equal(state["model"], weights(folder, 1))
         assert all(v.isfinite().all() for v in state["model"].values())
         assert not (folder / "checkpoints" / "model_step_2.pt").exists()
+
+
+def test_shards_of_another_config_are_said_to_be(lab):
+    """They train all the same: their source may lie elsewhere by now."""
+    options = "num_iterations=1", "val_dataset_config.split=train[95%:]", "train_dataset_config.column_name=story"
+    folder = lab.root / "another config"
+    result = lab.run(*options, f"run_dir={folder}")
+    notes = [line for line in (folder / "main.log").read_text().splitlines() if line.startswith("note: ")]
+    assert result.code == 0 and [line for line in result.out.splitlines() if line.startswith("note: ")] == notes
+    assert (
+        notes[0]
+        == f"note: {lab.root / 'data'} was prepared from another config: column_name 'text' there, 'story' here"
+    )
+    assert notes[1].endswith("split 'train[90%:]' there, 'train[95%:]' here") and len(notes) == 2
+    result = lab.run(lab.config, *options, config="--check")
+    assert result.code == 0 and result.err.splitlines() == notes and result.out.count("\n") == 1
 
 
 # -----------------------------------------------------------------------------

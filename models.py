@@ -527,6 +527,7 @@ class LanguageModel(nn.Module):
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
+                temperature = max(temperature, 1e-6)  # or else float32 would not hold the quotient
                 new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
             if eos_token_id is not None:
                 new = new.masked_fill(done, eos_token_id)

@@ -165,9 +165,14 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
     if wrong := [k for k, kind in kinds.items() if not isinstance(c.get(k), kind)]:
         raise UserError(f"{path} has no usable {', '.join(wrong)}: only train.py's runs tell the order of their data")
     section = build(DatasetConfig, c["train_dataset_config"], "train_dataset_config.")
+    if c.get("inference_only"):
+        raise UserError(f"{info.folder} was trained on nothing: its config says inference_only")
     if not 1 <= update <= c["num_iterations"]:
         raise UserError(f"update {update} is not one of this run's: they go from 1 to {c['num_iterations']}")
     data = Shards(section.folder(), "train", f"python prepare_data.py {path}")
+    trained_on = mapping(read_object(info.folder / "environment.json").get("dataset_sha256"))
+    if trained_on and data.fingerprint()[1] not in trained_on.values():
+        raise UserError(f"{data.folder} is not what this run was trained on: it was prepared again since")
     position = np.arange((update - 1) * c["batch_size"], update * c["batch_size"])
     seed = c["seed"] + (section.seed or 0)
     window = window_order(position, data.n_tokens // section.n_ctx, seed, section.shuffle_each_epoch)

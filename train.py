@@ -12,6 +12,7 @@ interruptions, and with run_dir=DIR the same command continues a run that was st
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import math
@@ -223,7 +224,13 @@ def parent_of_runs(c: Config) -> Path:
 def check_folder(c: Config) -> None:
     """Raise UserError if run_dir holds another run."""
     path = Path(c.run_dir) / "final_config.yaml"
-    if path.exists() and (differ := differences(read_config(path), config_dict(c), FREE_KEYS)):
+    if not path.exists():
+        return
+    try:
+        there = config_dict(load_config(path))  # keys that are newer than the run have their defaults
+    except UserError:
+        there = read_config(path)
+    if differ := differences(there, config_dict(c), FREE_KEYS):
         raise UserError(f"{c.run_dir} holds a run of another config: {'; '.join(differ)}; choose another run_dir")
 
 
@@ -255,7 +262,7 @@ def hold(folder: Path) -> bool:
 
 
 def load_state(folder: Path) -> dict | None:
-    """The state to continue from: the last one, or the one before it if that cannot be read, or None."""
+    """The state to continue from: the last one, or the one before it if that is damaged, or None."""
     for name in ("resume.new.pt", "resume.pt", "resume.previous.pt"):  # new: a kill came before a save's renames
         if (folder / name).exists():
             try:
@@ -263,8 +270,18 @@ def load_state(folder: Path) -> dict | None:
                 state["step"], state["model"], state["optimizer"], state["scaler"]  # or else it is no state
                 return state
             except Exception as e:
+                out_of_reach = isinstance(e, OSError) and e.errno in (errno.EACCES, errno.EIO, errno.ESTALE)
+                if out_of_reach or isinstance(e, MemoryError):
+                    raise  # the state itself may be whole
                 print(f"{folder / name} is damaged ({type(e).__name__}); trying the state before it", file=sys.stderr)
     return None
+
+
+def not_running(status: Path, instead: str) -> None:
+    """Write `instead` into a status that still says running, if the disk lets us."""
+    with contextlib.suppress(OSError):
+        if status.read_text() == "running\n":
+            write_text(status, instead)
 
 
 def keep_metrics(path: Path, done: int) -> list[dict]:
@@ -295,7 +312,10 @@ def load_pretrained(model, path: str):
     """Copy the weights that from_pretrained finds at `path` into `model`; where they were. Raises UserError."""
     found, source = pretrained_model(type(model), path)
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (found, model)]
-    if differ := differences(*shapes):
+    # what changes the outputs and no shape; the length does so only in learned positions, which have a shape
+    free = {"block_size", "n_ctx", "rotary_dim", "flash_attention"}
+    configs = [dataclasses.asdict(m.config) for m in (found, model)]
+    if differ := differences(*shapes) or differences(*configs, free):
         raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ[:8])}")
     model.load_state_dict(found.state_dict())
     return source
@@ -419,8 +439,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if again or not looping:
             if rank == 0:
                 print("train: stopped by a signal; what was saved before is kept", file=sys.stderr, flush=True)
-                if folder and (folder / "status").exists() and (folder / "status").read_text() == "running\n":
-                    write_text(folder / "status", "interrupted\n")
+                if folder:
+                    not_running(folder / "status", "interrupted\n")
             os._exit(INTERRUPTED)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -523,6 +543,11 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         if state and about["dataset_sha256"].get(path) != digest:
             raise UserError(f"{path} is not the one that {folder} began with: choose another run_dir")
     done = state["step"] if state else 0
+    if world > 1:
+        found = [None] * world
+        dist.all_gather_object(found, done)
+        if len({*found}) > 1:
+            raise UserError(f"the ranks read states of {folder} after updates {found}: they must see the same files")
     if state:
         raw_model.load_state_dict(state["model"])
     raw_model.to(device)
@@ -540,6 +565,7 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
     if rank == 0:
         (folder / "checkpoints").mkdir(exist_ok=True)
         write_text(folder / "status", "running\n")
+        before_leaving.append(lambda: not_running(folder / "status", "failed\n"))
         write_text(folder / "final_config.yaml", yaml.safe_dump(config_dict(c), sort_keys=False))
         write_text(folder / "model_config.yaml", yaml.safe_dump(dataclasses.asdict(c.model), sort_keys=False))
         write_text(folder / "tokenizer.json", tokenizer_json.decode())
@@ -853,7 +879,8 @@ def main(config_path: str, overrides: list[str], check: bool = False) -> NoRetur
         for file in files:
             file.flush()
         try:
-            plot_losses({"": metrics}, folder / "loss.png")
+            if metrics:
+                plot_losses({"": metrics}, folder / "loss.png")
         except ImportError:
             log("no loss.png: pip install matplotlib")
         if on_disk and stop:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import test_train
 import torch
+import yaml
 from test_train import (
     BASE,
     KEPT,
@@ -217,6 +218,50 @@ def test_what_is_no_state_counts_as_damaged(lab, base, damage):
     assert "resume.pt is damaged" in result.err
     assert f"continuing after update {N - 3}" in result.out
     assert_same_run(folder, base)
+
+
+def unread(names: dict[str, Exception]) -> None:
+    """From now on, files of these names cannot be loaded."""
+
+    def refuse(_, path):
+        if Path(path).name in names:
+            raise names[Path(path).name]
+
+    on_call("models.load_file", refuse)
+
+
+def test_a_state_out_of_reach_is_not_damaged(lab, base):
+    """To go on without it would lose what is there."""
+    folder = stopped_copy(base, lab.root / "out of reach")
+    before = contents(folder)
+    stale = OSError(errno.ESTALE, "Stale file handle", str(folder / "resume.pt"))
+    result = lab.run(*LONG, f"run_dir={folder}", traps={0: (unread, {"resume.pt": stale})})
+    assert result.code == 1 and re.fullmatch("train: .*Stale file handle.*resume.pt.* goes on\n", result.err), (
+        result.err
+    )
+    assert contents(folder) == before
+
+
+def test_ranks_with_different_states_are_refused(lab, base2):
+    folder = stopped_copy(base2, lab.root / "two states")
+    before = contents(folder)
+    trap = unread, {"resume.pt": ValueError("another view of the file system")}
+    result = lab.run(*LONG, f"run_dir={folder}", ranks=2, traps={1: trap})
+    states = rf"the ranks read states of {folder} after updates \[{N}, {N - 3}\]: they must see the same files"
+    assert result.code == 1 and re.fullmatch(f"train: {states}\n", result.err), result.err
+    assert contents(folder) == before
+
+
+def test_keys_newer_than_a_run_have_their_defaults(lab, base):
+    folder = stopped_copy(base, lab.root / "older")
+    config = yaml.safe_load((folder / "final_config.yaml").read_text())
+    del config["optimizer"], config["train_dataset_config"]["revision"]
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(config))
+    assert_same_run(lab.train(folder.name, *LONG), base)
+    (folder / "status").write_text("interrupted\n")
+    (folder / "final_config.yaml").write_text(yaml.safe_dump(config | {"keys of other times": 1}))
+    result = lab.run(*LONG, f"run_dir={folder}")
+    assert result.code == 1 and "keys of other times 1 there, None here" in result.err
 
 
 def test_a_state_that_was_not_renamed_yet_is_used(lab, base):

@@ -564,6 +564,7 @@ def test_greedy_generation(name, T):
     want = greedy(model, idx, 8)
     assert torch.equal(model.generate(idx, 8, temperature=0.0), want)
     assert torch.equal(model.generate(idx, 8, top_k=1), want)
+    assert torch.equal(model.generate(idx, 8, temperature=1e-38), want)
     assert torch.equal(model.generate(idx[1], 8, temperature=0.0), want[1])  # 1-D in, 1-D out
     assert torch.equal(model.generate(idx, 0), idx)
 

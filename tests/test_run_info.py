@@ -1,6 +1,7 @@
 """run_info.py: finding a run on disk and loading its weights, tokenizer and data, new runs and old ones."""
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -366,6 +367,23 @@ def test_what_an_update_saw(run_with_data, update):
 def test_an_update_that_was_not(run_with_data, update):
     with pytest.raises(prepare_data.UserError, match=rf"{update}.*1 to 50"):
         data_of_update(PretrainRunInfo.from_path(run_with_data[0]), update)
+
+
+def test_data_that_were_prepared_again(run_with_data, tmp_path):
+    folder, _ = run_with_data
+    info = PretrainRunInfo.from_path(folder)
+    digest = prepare_data.Shards(tmp_path / "data", "train", "").fingerprint()[1]
+    for digests, known in (({"data/dataset.json": digest}, True), ({"data/dataset.json": "0" * 64}, False), ({}, True)):
+        (folder / "environment.json").write_text(json.dumps({"dataset_sha256": digests}))
+        with contextlib.nullcontext() if known else pytest.raises(prepare_data.UserError, match="prepared again since"):
+            data_of_update(info, 1)
+
+
+def test_the_data_of_a_run_without_updates(run_with_data):
+    info = PretrainRunInfo.from_path(run_with_data[0])
+    info.config_dict["inference_only"] = True
+    with pytest.raises(prepare_data.UserError, match="trained on nothing"):
+        data_of_update(info, 1)
 
 
 @pytest.mark.parametrize("key", ["seed", "num_iterations", "batch_size", "train_dataset_config"])

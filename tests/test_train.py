@@ -747,6 +747,7 @@ def test_what_is_not_finite_ends_the_run_before_the_weights(lab, ranks, saves):
     assert result.code not in (0, 75)
     assert re.match(r"train: update 2 ", result.err.splitlines()[-1]), result.err
     assert (folder / "main.log").read_text().splitlines()[-1].startswith("train: update 2 ")
+    assert (folder / "status").read_text() == "failed\n"
     assert "Traceback" not in result.err
     assert [m["step"] for m in metrics(folder)] == [1]
     assert (folder / "resume.pt").exists() == bool(saves)
@@ -944,6 +945,10 @@ def test_damaged_shards(lab, tmp_path, what):
     [
         (["model.n_intermediate=64"], r"mlp.c_fc.weight \(32, 16\).*\(64, 16\)"),
         (["model.n_layer=2"], r"h\.1\."),
+        (["model.n_head=1", "model.rotary_dim=16", "model.n_intermediate=32"], r"n_head 2 there, 1 here|attn.k_proj"),
+        (["model.rotary_base=77"], r"rotary_base 10000 there, 77 here"),
+        (["model.rms_norm_eps=1e-3"], r"rms_norm_eps 1e-06 there, 0.001 here"),
+        (["model.rotary_adjacent_pairs=true"], r"rotary_adjacent_pairs False there, True here"),
         (["model.model_type=LlamaSimple"], r"LlamaSimple"),
         (["model={model_type: GPT2, block_size: 32, vocab_size: 300, n_embd: 16, n_head: 2, n_layer: 1}"], r"GPT2"),
     ],

@@ -312,8 +312,8 @@ def load_pretrained(model, path: str):
     """Copy the weights that from_pretrained finds at `path` into `model`; where they were. Raises UserError."""
     found, source = pretrained_model(type(model), path)
     shapes = [{k: tuple(v.shape) for k, v in m.state_dict().items()} for m in (found, model)]
-    # what changes the outputs and no shape; the length does so only in learned positions, which have a shape
-    free = {"block_size", "n_ctx", "rotary_dim", "flash_attention"}
+    # rotary_base, say, changes the outputs but no shape; what these change has a shape, or nothing
+    free = {"block_size", "n_ctx", "n_key_value_heads", "rotary_dim", "flash_attention"}
     configs = [dataclasses.asdict(m.config) for m in (found, model)]
     if differ := differences(*shapes) or differences(*configs, free):
         raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ[:8])}")

@@ -945,7 +945,7 @@ def test_damaged_shards(lab, tmp_path, what):
     [
         (["model.n_intermediate=64"], r"mlp.c_fc.weight \(32, 16\).*\(64, 16\)"),
         (["model.n_layer=2"], r"h\.1\."),
-        (["model.n_head=1", "model.rotary_dim=16", "model.n_intermediate=32"], r"n_head 2 there, 1 here|attn.k_proj"),
+        (["model.n_head=4", "model.n_key_value_heads=2", "model.rotary_dim=4"], r"n_head 2 there, 4 here"),
         (["model.rotary_base=77"], r"rotary_base 10000 there, 77 here"),
         (["model.rms_norm_eps=1e-3"], r"rms_norm_eps 1e-06 there, 0.001 here"),
         (["model.rotary_adjacent_pairs=true"], r"rotary_adjacent_pairs False there, True here"),

@@ -183,8 +183,10 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         C, llama = config.n_embd, isinstance(config, LlamaConfig)
         bias = config.attn_bias if llama else True
-        self.n_head = config.n_head
+        # SPD's scripts compute patterns of attention from these names
+        self.n_head, self.n_embd, self.block_size = config.n_head, C, config.block_size
         self.n_key_value_heads = config.n_key_value_heads if llama and merged != "qkv" else config.n_head
+        self.repeat_kv_heads = self.n_head // self.n_key_value_heads
         self.head_dim = C // config.n_head
         kv_size = self.n_key_value_heads * self.head_dim
         self.merged, self.out, self.flash_attention = merged, out, config.flash_attention
@@ -202,12 +204,18 @@ class CausalSelfAttention(nn.Module):
         self.softmax = nn.Softmax(dim=-1)  # a module, so that a forward hook sees the pattern and may replace it
         self.rotary = llama
         if llama:
-            adjacent_pairs = config.rotary_adjacent_pairs
+            self.rotary_adjacent_pairs = adjacent = config.rotary_adjacent_pairs
             # SPD's losses on attention patterns look for it, and pass it rows of the tables
-            self.apply_rotary_pos_emb = functools.partial(apply_rotary_pos_emb, adjacent_pairs=adjacent_pairs)
-            cos, sin = rotary_tables(self.head_dim, config.n_ctx, config.rotary_base, adjacent_pairs)
+            self.apply_rotary_pos_emb = functools.partial(apply_rotary_pos_emb, adjacent_pairs=adjacent)
+            cos, sin = rotary_tables(self.head_dim, config.n_ctx, config.rotary_base, adjacent)
             self.register_buffer("rotary_cos", cos, persistent=False)
             self.register_buffer("rotary_sin", sin, persistent=False)
+
+    @property
+    def bias(self):
+        """The causal mask (1, 1, block_size, block_size), 1 where a query sees the key: for SPD's scripts alone."""
+        device = next(self.parameters()).device
+        return torch.ones(self.block_size, self.block_size, device=device).tril()[None, None]
 
     def qkv(self, x):
         """x (B, T, C) -> q (B, T, C), k and v (B, T, nkv * hs)."""
@@ -223,9 +231,9 @@ class CausalSelfAttention(nn.Module):
         if self.rotary:
             cos, sin = (table[None, :T].to(q.dtype) for table in (self.rotary_cos, self.rotary_sin))
             q, k = self.apply_rotary_pos_emb(q, k, cos, sin)
-        if self.n_key_value_heads != self.n_head:
-            k = k.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)  # (B, nh, T, hs)
-            v = v.repeat_interleave(self.n_head // self.n_key_value_heads, dim=1)
+        if self.repeat_kv_heads > 1:
+            k = k.repeat_interleave(self.repeat_kv_heads, dim=1)  # (B, nh, T, hs)
+            v = v.repeat_interleave(self.repeat_kv_heads, dim=1)
         if not self.flash_attention:
             y = explicit_attention(q, k, v, self.softmax)
         elif BF16_CPU and q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.compiler.is_compiling():
@@ -427,6 +435,7 @@ class LanguageModel(nn.Module):
     """A child's `build` registers wte, h and ln_f, in the order in which their weights are drawn."""
 
     config_class: type
+    _h = property(lambda self: self.h)  # SPD's scripts call the blocks so
 
     def __init__(self, config, init_seed: int = 42):
         super().__init__()

@@ -263,6 +263,7 @@ def hold(folder: Path) -> bool:
 
 def load_state(folder: Path) -> dict | None:
     """The state to continue from: the last one, or the one before it if that is damaged, or None."""
+    damaged = False
     for name in ("resume.new.pt", "resume.pt", "resume.previous.pt"):  # new: a kill came before a save's renames
         if (folder / name).exists():
             try:
@@ -274,6 +275,9 @@ def load_state(folder: Path) -> dict | None:
                 if out_of_reach or isinstance(e, MemoryError):
                     raise  # the state itself may be whole
                 print(f"{folder / name} is damaged ({type(e).__name__}); trying the state before it", file=sys.stderr)
+                damaged = True
+    if damaged:
+        print(f"{folder} holds no whole state: the run begins again", file=sys.stderr)
     return None
 
 

@@ -213,3 +213,27 @@ def test_patterns_of_queries_and_keys_are_the_models_own(name, adjacent):
     torch.testing.assert_close(patterns(attn, q, k), seen["softmax"])
     if "Llama" in name:
         assert attn.rotary_cos.shape == attn.rotary_sin.shape == (SHAPE["block_size"], attn.head_dim)
+
+
+@pytest.mark.parametrize("adjacent", [False, True], ids=["halves", "adjacent"])
+@pytest.mark.parametrize("name", ["LlamaSimple", "LlamaSimpleMLP"])
+def test_names_by_which_scripts_walk_through_a_model(name, adjacent):
+    """As many of SPD's do: block by block, with patterns of their own, to the model's logits."""
+    model = random_model(name, rotary_adjacent_pairs=adjacent).requires_grad_(False)
+    x, (B, T) = model.wte(idx()), idx().shape
+    for block in model._h:
+        attn, normed = block.attn, block.rms_1(x)
+        q = attn.q_proj(normed).view(B, T, attn.n_head, attn.head_dim).transpose(1, 2)
+        k, v = (
+            project(normed).view(B, T, attn.n_key_value_heads, attn.head_dim).transpose(1, 2)
+            for project in (attn.k_proj, attn.v_proj)
+        )
+        position = torch.arange(T)[None]
+        q, k = attn.apply_rotary_pos_emb(q, k, attn.rotary_cos[position], attn.rotary_sin[position])
+        k, v = (z.repeat_interleave(attn.repeat_kv_heads, dim=1) for z in (k, v))
+        scores = (q @ k.mT / attn.head_dim**0.5).masked_fill(attn.bias[:, :, :T, :T] == 0, float("-inf"))
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(B, T, attn.n_embd)
+        x = x + attn.o_proj(y)
+        x = x + block.mlp(block.rms_2(x))
+        assert attn.rotary_adjacent_pairs == adjacent
+    torch.testing.assert_close(model.lm_head(model.ln_f(x)), model(idx())[0])

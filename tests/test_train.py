@@ -620,6 +620,7 @@ def test_no_state_left_begins_again(lab, base):
     (folder / "resume.previous.pt").write_bytes(b"")
     result = lab.run(f"run_dir={folder}")
     assert (result.code, "continuing" in result.out) == (0, False)
+    assert result.err.endswith("holds no whole state: the run begins again\n")
     assert_same_run(folder, base[0])
 
 

@@ -978,7 +978,7 @@ def test_lines_that_are_never_written_end_the_run_with_a_code(lab, base, base2, 
     assert result.code == 1
     assert "Traceback" not in result.err
     assert re.search(r"\ntrain: .*No space left on device; .+ goes on\n", result.err), result.err
-    assert (folder / "status").read_text() == "running\n"
+    assert (folder / "status").read_text() == "failed\n"
     assert state_of(folder)["step"] == (9 if name == "metrics.jsonl" else N)
     assert_same_run(lab.train(folder.name, *LONG, **options), (base, base2)[ranks - 1])
 

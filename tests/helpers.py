@@ -103,39 +103,26 @@ def wordpiece_json() -> str:
     words = ["the", "and", "lines", "##ing", "##ed", "unk", "eos", "endoftext"]
     vocab = ["[UNK]", "[EOS]", *letters, *("##" + c for c in letters), *words]
     eos = {"id": 1, "content": "[EOS]", "special": True, "normalized": False}
+    padding = {"strategy": {"Fixed": 12}, "direction": "Right", "pad_to_multiple_of": None}
+    padding |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "[EOS]"}
+    split = [{"type": "Whitespace"}, {"type": "Punctuation", "behavior": "Isolated"}]
     template = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "[EOS]", "type_id": 0}}]
+    ends = {"type": "TemplateProcessing", "single": template}
+    ends |= {"pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}]}
+    ends |= {"special_tokens": {"[EOS]": {"id": "[EOS]", "ids": [1], "tokens": ["[EOS]"]}}}
+    model = {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    model |= {"max_input_chars_per_word": 100, "vocab": {word: i for i, word in enumerate(vocab)}}
     return json.dumps(
         {
             "version": "1.0",
             "truncation": {"direction": "Right", "max_length": 6, "strategy": "LongestFirst", "stride": 0},
-            "padding": {
-                "strategy": {"Fixed": 12},
-                "direction": "Right",
-                "pad_to_multiple_of": None,
-                "pad_id": 1,
-                "pad_type_id": 0,
-                "pad_token": "[EOS]",
-            },
+            "padding": padding,
             "added_tokens": [eos | {"single_word": False, "lstrip": False, "rstrip": False}],
             "normalizer": {"type": "Lowercase"},
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [{"type": "Whitespace"}, {"type": "Punctuation", "behavior": "Isolated"}],
-            },
-            "post_processor": {
-                "type": "TemplateProcessing",
-                "single": template,
-                "pair": [*template, {"Sequence": {"id": "B", "type_id": 1}}],
-                "special_tokens": {"[EOS]": {"id": "[EOS]", "ids": [1], "tokens": ["[EOS]"]}},
-            },
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": split},
+            "post_processor": ends,
             "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
-            "model": {
-                "type": "WordPiece",
-                "unk_token": "[UNK]",
-                "continuing_subword_prefix": "##",
-                "max_input_chars_per_word": 100,
-                "vocab": {word: i for i, word in enumerate(vocab)},
-            },
+            "model": model,
         }
     )
 
@@ -165,13 +152,8 @@ def words_json(words, eos: str | None = "[EOS]") -> str:
     return json.dumps(
         {
             "version": "1.0",
-            "truncation": None,
-            "padding": None,
+            **dict.fromkeys(["truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"]),
             "added_tokens": [{"id": 1, "content": eos} | special] if eos else [],
-            "normalizer": None,
-            "pre_tokenizer": None,
-            "post_processor": None,
-            "decoder": None,
             "model": {"type": "WordLevel", "vocab": {w: i for i, w in enumerate(names)}, "unk_token": "[UNK]"},
         }
     )
@@ -202,24 +184,3 @@ def read_bin(path: Path):
 def stream(folder: Path, split: str) -> list[int]:
     """All tokens of a split."""
     return [int(t) for path in sorted(folder.glob(f"{split}_*.bin")) for t in read_bin(path)[1]]
-
-
-def check_split(folder: Path, split: str, documents: list, shard_tokens: int, empty: int = 0) -> None:
-    """A split is exactly `documents`, each a list of ids with its EOS, in full shards; dataset.json tells the truth."""
-    expected = np.array([i for ids in documents for i in ids])
-    ends = np.cumsum([len(ids) for ids in documents])
-    about = json.loads((folder / "dataset.json").read_text())["splits"][split]
-    names = [f"{split}_{i:06d}.bin" for i in range(-(-len(expected) // shard_tokens))]
-    assert [p.name for p in sorted(folder.glob(f"{split}_*.bin"))] == names
-    assert [s["file"] for s in about["shards"]] == names
-    for i, shard in enumerate(about["shards"]):
-        first, last = i * shard_tokens, min((i + 1) * shard_tokens, len(expected))
-        header, tokens = read_bin(folder / names[i])
-        assert header == (20240520, 1, last - first, *[0] * 253)
-        assert (folder / names[i]).stat().st_size == 1024 + 2 * (last - first)
-        assert np.array_equal(tokens, expected[first:last]), f"{names[i]} has other tokens"
-        assert shard["tokens"] == last - first
-        assert shard["documents"] == np.count_nonzero((ends > first) & (ends <= last))
-        assert shard["sha256"] == hashlib.sha256((folder / names[i]).read_bytes()).hexdigest()
-    assert (about["tokens"], about["documents"]) == (len(expected), len(documents))
-    assert about["empty_documents"] == empty

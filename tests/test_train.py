@@ -1,9 +1,8 @@
-"""train.py as its users meet it: folders, numbers, ranks, interruptions, seeds, precisions, mistakes, W&B."""
+"""train.py as its users meet it: what a run computes and leaves behind, interruptions, mistakes, forks."""
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
+import functools
 import itertools
 import json
 import math
@@ -12,12 +11,10 @@ import os
 import pkgutil
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -28,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import ROOT, run, tree
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from wandb_server import Server
@@ -36,9 +34,20 @@ import prepare_data
 import train
 from models import MODEL_CLASSES
 
-ROOT = Path(__file__).resolve().parent.parent
 N, B, T = 24, 4, 32  # updates, sequences in a batch, tokens in a sequence
 KEPT = [0, 1, 2, 4, 8, 16, 24]  # checkpoints of a run of N updates
+MODEL = {
+    "model_type": "LlamaSimpleMLP",
+    "block_size": T,
+    "n_ctx": T,
+    "vocab_size": 300,
+    "n_layer": 1,
+    "n_head": 2,
+    "n_embd": 16,
+    "n_intermediate": 32,
+    "n_key_value_heads": 1,
+    "rotary_dim": 8,
+}
 BASE = {
     "dtype": "float32",
     "batch_size": B,
@@ -50,29 +59,17 @@ BASE = {
     "grad_clip": 1.0,
     "val_loss_every": 7,
     "val_max_steps": 2,
-    "sample_every": 0,
+    "sample_every": 12,
     "train_log_every": 5,
     "resume_every": 3,
     "intermediate_checkpoints": True,
     "compile": False,
     "device": "cpu",
-    "model": {
-        "model_type": "LlamaSimpleMLP",
-        "block_size": T,
-        "n_ctx": T,
-        "vocab_size": 300,
-        "n_layer": 1,
-        "n_head": 2,
-        "n_embd": 16,
-        "n_intermediate": 32,
-        "n_key_value_heads": 1,
-        "rotary_dim": 8,
-    },
+    "model": MODEL,
     "train_dataset_config": {"split": "train[:90%]", "train_tokenizer_vocab_size": 300, "n_ctx": T + 1},
     "val_dataset_config": {"split": "train[90%:]", "n_ctx": T + 1},
 }
-SECTIONS = "model", "train_dataset_config", "val_dataset_config"
-EAGER_FORK = ["train", "torch._dynamo", "matplotlib.pyplot", "tokenizers", "pytest", "hypothesis"]
+SECTIONS = "train_dataset_config", "val_dataset_config"
 
 
 # -----------------------------------------------------------------------------
@@ -89,26 +86,21 @@ class Result:
 def in_child(argv, cwd, env, output, trap):
     """`python train.py ARGV` in a process forked after the imports, which take longer than a whole run here.
 
-    A trap (function, n, signals) sends the process the signals when it calls the function for the nth time; a trap
-    (callable, *arguments) is called first.
+    A trap (function, n, signal) sends the process the signal when it calls the function of a library for the nth time.
     """
     os.chdir(cwd)
     os.environ.update(env)
     for fd, suffix in ((1, ".out"), (2, ".err")):
         os.dup2(os.open(f"{output}{suffix}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-    if trap and callable(trap[0]):
-        trap[0](*trap[1:])
-    elif trap:
-        place, nth, numbers = trap
+    if trap:
+        place, nth, number = trap
         owner, name = place.rsplit(".", 1)
         owner, calls = pkgutil.resolve_name(owner), itertools.count(1)
         original = getattr(owner, name)
 
         def trapped(*args, **kwargs):
             if next(calls) == nth:
-                for i, number in enumerate(numbers):
-                    time.sleep(1.2 if i else 0)
-                    os.kill(os.getpid(), number)
+                os.kill(os.getpid(), number)
             return original(*args, **kwargs)
 
         setattr(owner, name, trapped)
@@ -126,13 +118,13 @@ class Lab:
         self.documents = [" ".join(rng.choice(words) for _ in range(60)) for _ in range(120)]
         (root / "corpus.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in self.documents))
         self.base = copy.deepcopy(BASE)
-        for section in SECTIONS[1:]:
+        for section in SECTIONS:
             self.base[section] |= {"name": str(root / "corpus.jsonl"), "path": str(root / "data")}
         self.config = self.write(self.base)
-        sections = prepare_data.dataset_configs(self.base)
-        prepare_data.prepare(sections, 300, workers=1, shard_tokens=10_000)  # several shards
+        prepared = run("prepare_data.py", self.config, "--workers", 1)
+        assert prepared.returncode == 0, prepared.stderr
         self.processes = multiprocessing.get_context("forkserver")
-        self.processes.set_forkserver_preload(EAGER_FORK)
+        self.processes.set_forkserver_preload(["train", "matplotlib.figure", "tokenizers", "pytest", "hypothesis"])
 
     def write(self, config) -> Path:
         """A new file with `config`, a mapping or the text itself."""
@@ -140,31 +132,29 @@ class Lab:
         path.write_text(config if isinstance(config, str) else yaml.safe_dump(config))
         return path
 
-    def start(self, *overrides, config=None, cwd=None, env=None, ranks=1, traps=None):
+    def start(self, *overrides, config=None, env=None, ranks=1, traps=None):
         """Start train.py, on several ranks without torchrun's help: (processes, where their output goes)."""
         started = []
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         for rank in range(ranks):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1"}
-            world = {k: str(v) for k, v in world.items()} | {"MASTER_PORT": str(port)} if ranks > 1 else {}
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
+            world = {k: str(v) for k, v in world.items()} | {"MASTER_ADDR": "127.0.0.1"} if ranks > 1 else {}
             output = self.root / f"output{next(self.count)}"
-            args = [str(config or self.config), *overrides], cwd or self.root, world | (env or {}), output
+            args = [str(config or self.config), *overrides], self.root, world | (env or {}), output
             process = self.processes.Process(target=in_child, args=(*args, (traps or {}).get(rank)), daemon=True)
             process.start()
             started.append((process, output))
         return started
 
-    def finish(self, started, seconds=60) -> list[Result]:
+    def finish(self, started, seconds=90) -> list[Result]:
         """Wait for all ranks."""
         results, deadline = [], time.monotonic() + seconds
-        for process, _ in started:
-            process.join(max(0, deadline - time.monotonic()))
         for process, output in started:
+            process.join(max(0, deadline - time.monotonic()))
             if process.exitcode is None:
                 process.kill()
-                process.join()
                 pytest.fail(f"still running after {seconds} s: {Path(f'{output}.err').read_text()}")
             out, err = (Path(f"{output}{s}").read_text(errors="replace") for s in (".out", ".err"))
             results.append(Result(process.exitcode, out, err))
@@ -180,42 +170,27 @@ class Lab:
         assert result.code == 0, result.err
         return self.root / name
 
+    @functools.cache  # noqa: B019, one lab a module
+    def undisturbed(self, *overrides, ranks=1) -> Path:
+        """The folder of a run of these overrides that nothing interrupted."""
+        return self.train(f"undisturbed{next(self.count)}", *overrides, ranks=ranks)
+
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory, one_thread):  # as the runs have, so that sums are in the same order
+def lab(tmp_path_factory, one_thread):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setenv("PYTHONPATH", str(ROOT))  # for the imports before the fork
-        for name in ("SPD_OUT_DIR", "WANDB_MODE", "WANDB_API_KEY", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        for name in ("SPD_OUT_DIR", "PARAM_DECOMP_OUT_DIR", "WANDB_MODE", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         yield Lab(tmp_path_factory.mktemp("lab"))
 
 
-def script(args, cwd, **env):
-    """Run a Python program for real."""
-    return subprocess.run(
-        [sys.executable, *map(str, args)], cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=200
-    )
-
-
 @pytest.fixture(scope="module")
 def base(lab):
-    """The folder of the run that the others are compared with, and what its console showed."""
-    done = script([ROOT / "train.py", lab.config, "sample_every=12"], lab.root, SPD_OUT_DIR=str(lab.root / "spd"))
-    assert done.returncode == 0, done.stderr
-    (folder,) = (lab.root / "spd" / "target_models").iterdir()
-    return folder, done.stdout
-
-
-@pytest.fixture(scope="module")
-def base2(lab):
-    """The same on two ranks under torchrun."""
-    folder = lab.root / "two ranks"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py"]
-    done = script([*torchrun, lab.config, f"run_dir={folder}"], lab.root)
-    assert done.returncode == 0, done.stderr
-    return folder
+    """The run that others are compared with."""
+    return lab.undisturbed()
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -236,27 +211,21 @@ def equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def parts(folder: Path) -> list[Path]:
-    """What was left behind of files that appear whole or not at all."""
-    return [p for p in folder.rglob("*") if ".part" in p.name or p.name.startswith(".")]
-
-
 def assert_same_run(folder: Path, expected: Path):
-    """All that was computed is the same to the bit, and nothing tells of interruptions."""
+    """All that was computed is the same, checkpoints byte by byte, and nothing tells of interruptions."""
     assert metrics(folder) == metrics(expected)
-    names = [sorted(p.name for p in (f / "checkpoints").iterdir()) for f in (folder, expected)]
-    assert names[0] == names[1]
-    for step in (int(re.search(r"\d+", n)[0]) for n in names[0]):
-        assert equal(weights(folder, step), weights(expected, step)), step
+    assert (folder / "samples.jsonl").read_text() == (expected / "samples.jsonl").read_text()
+    assert (folder / "check.json").read_text() == (expected / "check.json").read_text()
+    assert tree(folder / "checkpoints") == tree(expected / "checkpoints")
     assert (folder / "status").read_text() == "finished\n"
-    assert (folder / "loss.png").exists()
-    assert parts(folder) == []
+    assert {p.name for p in folder.iterdir()} == {p.name for p in expected.iterdir()}
+    assert not [p for p in folder.rglob("*") if ".part" in p.name]
 
 
 def assert_close_run(folder: Path, expected: Path):
     """The same numbers, but for the order of sums."""
     assert series(folder, "train_loss") == pytest.approx(series(expected, "train_loss"), rel=0, abs=1e-4)
-    assert series(folder, "val_loss") == pytest.approx(series(expected, "val_loss"), rel=0, abs=1e-5)
+    assert series(folder, "val_loss") == pytest.approx(series(expected, "val_loss"), rel=0, abs=1e-4)
     assert sorted(series(folder, "train_loss")) == list(range(1, N + 1))
 
 
@@ -264,79 +233,65 @@ def assert_close_run(folder: Path, expected: Path):
 # what a run leaves behind
 
 
-def test_run_folder(lab, base):
-    folder, console = base
+def test_run_folder(lab):
+    """As a user runs it, under torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    env = os.environ | {"SPD_OUT_DIR": str(lab.root / "spd")}
+    command = [*torchrun, ROOT / "train.py", lab.config]
+    done = subprocess.run(command, cwd=lab.root, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (folder,) = (lab.root / "spd" / "target_models").iterdir()
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", folder.name)
-    names = "final_config.yaml model_config.yaml tokenizer.json main.log metrics.jsonl loss.png resume.pt checkpoints"
-    assert set(names.split()) <= {p.name for p in folder.iterdir()}
-    assert parts(folder) == []
+    names = "final_config.yaml model_config.yaml tokenizer.json tokenizer_config.json code main.log metrics.jsonl"
+    names += " samples.jsonl loss.png check.json environment.json status checkpoints .lock"
+    assert {p.name for p in folder.iterdir()} == set(names.split())
     assert (folder / "tokenizer.json").read_bytes() == (lab.root / "data" / "tokenizer.json").read_bytes()
-    assert (folder / "loss.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (folder / "main.log").read_text() == console  # losses, samples, everything that people were told
-    for word in ("6,640 parameters", f"{N} updates", f"{B * T} tokens", "epochs", "cpu", "float32", str(folder)):
-        assert word in console
-    logged = [int(s) for s in re.findall(rf"step (\d+)/{N} \| loss [\d.]+ .*lr .* ms .*tokens/s .*ETA", console)]
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "<|endoftext|>"
+    assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "main.log").read_text() == done.stdout
+    for name in ("train.py", "models.py", "slurm_submit.sh"):
+        assert (folder / "code" / name).read_bytes() == (ROOT / name).read_bytes()
+    assert (folder / "code" / lab.config.name).read_bytes() == lab.config.read_bytes()
+    (start,) = json.loads((folder / "environment.json").read_text())
+    digest = prepare_data.sha256_file(lab.root / "data" / "dataset.json")
+    assert (start["ranks"], set(start["dataset_sha256"].values())) == (2, {digest})
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {f"model_step_{s}.pt" for s in KEPT}
+    logged = [int(s) for s in re.findall(rf"step (\d+)/{N} \| loss", done.stdout)]
     assert logged == [1, 5, 10, 15, 20, 24]  # the first, every train_log_every, the last
-    assert [int(s) for s in re.findall(r"step (\d+)/\d+ \| sample:", console)] == [0, 12, 24]
+    assert [json.loads(line)["step"] for line in (folder / "samples.jsonl").open()] == [0, 12, 24]
+    assert_close_run(folder, lab.undisturbed())
 
 
 def test_configs_in_the_run_folder_are_complete(lab, base):
-    final, model = (yaml.safe_load((base[0] / f"{name}_config.yaml").read_text()) for name in ("final", "model"))
-    assert list(final) == [f.name for f in dataclasses.fields(train.Config)]
-    for section in SECTIONS[1:]:
-        assert list(final[section]) == [f.name for f in dataclasses.fields(prepare_data.DatasetConfig)]
+    final, model = (yaml.safe_load((base / f"{name}_config.yaml").read_text()) for name in ("final", "model"))
+    assert list(final) == list(train.Config.model_fields)
+    for section in SECTIONS:
+        assert list(final[section]) == list(prepare_data.DatasetConfig.model_fields)
     cls = MODEL_CLASSES["LlamaSimpleMLP"].config_class
     assert list(model) == [f.name for f in dataclasses.fields(cls)]  # SPD's model_config.yaml forbids others
-    assert model == final["model"] == dataclasses.asdict(cls(**BASE["model"]))
+    assert model == final["model"] == dataclasses.asdict(cls(**MODEL))
+    assert_same_run(lab.train("again", config=base / "final_config.yaml"), base)
 
 
-def test_final_config_runs_again_to_the_same_numbers(lab, base):
-    again = lab.train("again", config=base[0] / "final_config.yaml")
-    assert_same_run(again, base[0])
-
-
-def test_checkpoints_are_plain_state_dicts(base):
-    folder = base[0]
-    found = sorted(int(re.fullmatch(r"model_step_(\d+)\.pt", p.name)[1]) for p in (folder / "checkpoints").iterdir())
-    assert found == KEPT
-    for step in KEPT:
-        model = MODEL_CLASSES["LlamaSimpleMLP"](MODEL_CLASSES["LlamaSimpleMLP"].config_class(**BASE["model"]))
-        first = copy.deepcopy(model.state_dict())
-        model.load_state_dict(weights(folder, step), strict=True)
-        assert equal(first, model.state_dict()) == (step == 0)  # the initial model, of init_seed 42
-    state = torch.load(folder / "resume.pt", weights_only=True)
-    assert (state["step"], state["seen_tokens"]) == (N, N * B * T)
-
-
-def test_without_intermediate_checkpoints_the_last_is_kept(lab, base):
-    folder = lab.train("last only", "intermediate_checkpoints=false")
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == [f"model_step_{N}.pt"]
-    assert equal(weights(folder), weights(base[0]))
+def test_check_json_tells_the_model(base):
+    value = json.loads((base / "check.json").read_text())
+    model = MODEL_CLASSES["LlamaSimpleMLP"](MODEL_CLASSES["LlamaSimpleMLP"].config_class(**MODEL))
+    model.load_state_dict(weights(base), strict=True)
+    ids = torch.tensor([value["ids"]])
+    assert model(ids[:, :-1], ids[:, 1:])[1].item() == pytest.approx(value["loss"], rel=1e-6)
+    assert (value["step"], value["val_loss"], ids.shape) == (N, series(base, "val_loss")[N], (1, T + 1))
 
 
 def test_schedule_of_checkpoints(lab):
-    c = train.load_config(lab.config, ["num_iterations=4321"])
     early = [0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-    assert [s for s in range(4322) if train.is_checkpoint(s, c)] == [*early, 1000, 2000, 3000, 4000, 4321]
-    c = train.load_config(lab.config, ["num_iterations=5000", "intermediate_checkpoints=false"])
-    assert [s for s in range(5001) if train.is_checkpoint(s, c)] == [5000]
-
-
-def test_runs_of_the_same_second_do_not_share_a_folder(lab, tmp_path):
-    c = train.load_config(lab.config, [f"output_dir={tmp_path / 'runs'}"])
-    folders = {train.choose_folder(c) for _ in range(5)}
-    assert len(folders) == 5
-    assert set((tmp_path / "runs").iterdir()) == folders
-
-
-def test_inference_only_updates_nothing(lab, base):
-    folder = lab.train(
-        "inference", "inference_only=true", f"from_pretrained={base[0] / 'checkpoints' / 'model_step_8.pt'}"
-    )
-    (line,) = metrics(folder)
-    assert line["step"] == 0
-    assert line["val_loss"] == pytest.approx(validation_loss(lab, weights(base[0], 8)), abs=1e-6)
-    assert list((folder / "checkpoints").iterdir()) == []
+    for overrides, kept in (
+        (["num_iterations=4321"], [*early, 1000, 2000, 3000, 4000, 4321]),
+        (["num_iterations=5000", "intermediate_checkpoints=false"], [5000]),
+        (["num_iterations=9", "intermediate_checkpoints=false", "checkpoint_steps=[3,5]"], [3, 5, 9]),
+        (["num_iterations=9", "intermediate_checkpoints=false", "checkpoint_every=4"], [0, 4, 8, 9]),
+    ):
+        c = train.load_config(lab.config, overrides)
+        assert [s for s in range(c.num_iterations + 1) if train.is_checkpoint(s, c)] == kept
 
 
 # -----------------------------------------------------------------------------
@@ -358,11 +313,11 @@ def reference_lr(s, peak, warmup, updates, frac):
     return peak * frac + (peak - peak * frac) * (1 + math.cos(math.pi * (s - warmup) / (updates - warmup))) / 2
 
 
-def reference(lab, rates, batch_size=B, init_seed=42, seed=0, shuffle_each_epoch=True):
+def reference(lab, rates, batch_size=B, seed=0, shuffle_each_epoch=True, betas=(0.9, 0.95)):
     """(losses, gradient norms, final weights) of training as the design describes it, at these learning rates."""
     cls = MODEL_CLASSES["LlamaSimpleMLP"]
-    model = cls(cls.config_class(**BASE["model"]), init_seed=init_seed)
-    optimizer = model.configure_optimizers(BASE["weight_decay"], rates[0], (0.9, 0.95), "cpu")
+    model = cls(cls.config_class(**MODEL))
+    optimizer = model.configure_optimizers(BASE["weight_decay"], rates[0], betas, "cpu", 0)
     data = shard_tokens(lab, "train")
     losses, norms = [], []
     for s, rate in enumerate(rates, 1):
@@ -382,17 +337,31 @@ def reference(lab, rates, batch_size=B, init_seed=42, seed=0, shuffle_each_epoch
 def validation_loss(lab, state, max_windows=B * BASE["val_max_steps"]) -> float:
     """The loss of weights on windows spread evenly over the validation split."""
     cls = MODEL_CLASSES["LlamaSimpleMLP"]
-    model = cls(cls.config_class(**BASE["model"]))
+    model = cls(cls.config_class(**MODEL))
     model.load_state_dict(state)
     data = shard_tokens(lab, "val")
-    there = len(data) // (T + 1)
-    n = min(there, max_windows)
-    batch = windows(data, [i * there // n for i in range(n)])
+    found = len(data) // (T + 1)
+    n = min(found, max_windows)
+    batch = windows(data, [i * found // n for i in range(n)])
     with torch.no_grad():
         return model(batch[:, :-1], batch[:, 1:])[1].item()
 
 
-def check_against_reference(lab, folder, **options):
+@pytest.mark.parametrize(
+    "overrides, options",
+    [
+        ((), {}),
+        # two and three quarter epochs, whose ends lie within a batch
+        (("batch_size=64", "train_dataset_config.seed=3", "seed=2"), {"batch_size": 64, "seed": 5}),
+        (
+            ("batch_size=64", "train_dataset_config.shuffle_each_epoch=false"),
+            {"batch_size": 64, "shuffle_each_epoch": False},
+        ),
+        (("betas=[0.8, 0.99]",), {"betas": (0.8, 0.99)}),
+    ],
+)
+def test_losses_and_weights_are_those_of_a_plain_loop(lab, overrides, options):
+    folder = lab.undisturbed(*overrides)
     lines = [m for m in metrics(folder) if "train_loss" in m]
     rates = [m["lr"] for m in lines]
     shape = BASE["learning_rate"], BASE["warmup_iters"], N, BASE["learning_rate_decay_frac"]
@@ -405,581 +374,567 @@ def check_against_reference(lab, folder, **options):
     assert equal(weights(folder), final)
 
 
-def test_losses_and_weights_are_those_of_a_plain_loop(lab, base):
-    check_against_reference(lab, base[0])
-
-
-def test_epochs_go_on_without_losing_a_window(lab):
-    batch = 64  # two and three quarter epochs, whose ends lie within a batch
-    n_windows = len(shard_tokens(lab, "train")) // (T + 1)
-    assert 2 * n_windows < N * batch < 3 * n_windows
-    folder = lab.train("epochs", f"batch_size={batch}", "val_loss_every=0", "train_dataset_config.seed=3", "seed=2")
-    check_against_reference(lab, folder, batch_size=batch, seed=5)
-    assert series(folder, "val_loss") == {}
-    options = f"batch_size={batch}", "val_loss_every=0", "train_dataset_config.shuffle_each_epoch=false"
-    check_against_reference(lab, lab.train("same epochs", *options), batch_size=batch, shuffle_each_epoch=False)
-
-
 def test_validation_is_of_the_weights_saved_at_its_step(lab, base):
-    losses = series(base[0], "val_loss")
+    losses = series(base, "val_loss")
     assert list(losses) == [0, 7, 14, 21, N]  # at the start, every val_loss_every, at the end
     for step in (0, N):
-        assert losses[step] == pytest.approx(validation_loss(lab, weights(base[0], step)), abs=1e-6)
-    folder = lab.train("often", "val_loss_every=4", f"num_iterations={N}")
-    for step in (4, 8, 16):
-        assert series(folder, "val_loss")[step] == pytest.approx(validation_loss(lab, weights(folder, step)), abs=1e-6)
-    order = [(m["step"], "val_loss" in m) for m in metrics(folder)]
-    assert order == sorted(order)  # update s, then the validation after s updates
-
-
-def test_bits_per_byte_counts_bytes_of_text(lab, base):
+        assert losses[step] == pytest.approx(validation_loss(lab, weights(base, step)), abs=1e-5)
     n_bytes = sum(len(d.encode()) for d in lab.documents[108:])  # train[90%:] of 120
-    nats = {s: v * len(shard_tokens(lab, "val")) for s, v in series(base[0], "val_loss").items()}
+    nats = {s: v * len(shard_tokens(lab, "val")) for s, v in losses.items()}
     expected = {s: v / math.log(2) / n_bytes for s, v in nats.items()}
-    assert series(base[0], "bits_per_byte") == pytest.approx(expected, rel=1e-9)
+    assert series(base, "bits_per_byte") == pytest.approx(expected, rel=1e-9)
+    whole = lab.train("whole", "val_max_steps=1000", "num_iterations=1", "micro_batch_size=2", ranks=2)
+    assert series(whole, "val_loss")[0] == pytest.approx(validation_loss(lab, weights(base, 0), 10**6), abs=1e-5)
 
 
-@pytest.mark.parametrize("warmup, updates", [(0, 10), (1, 10), (5, 10), (9, 10), (10, 10), (15, 10), (0, 1), (1, 1)])
+@pytest.mark.parametrize("warmup, updates", [(0, 10), (1, 10), (9, 10), (10, 10), (15, 10), (0, 1), (1, 1)])
 def test_learning_rate(lab, warmup, updates):
-    options = [f"warmup_iters={warmup}", f"num_iterations={updates}", "learning_rate=3e-4"]
-    c = train.load_config(lab.config, [*options, "learning_rate_decay_frac=0.1"])
+    c = train.load_config(lab.config, [f"warmup_iters={warmup}", f"num_iterations={updates}", "learning_rate=3e-4"])
     rates = [train.learning_rate_at(s, c) for s in range(1, updates + 1)]
     assert rates == pytest.approx([reference_lr(s, 3e-4, warmup, updates, 0.1) for s in range(1, updates + 1)])
-    if 0 < warmup <= updates:
-        assert rates[warmup - 1] == max(rates) == 3e-4
-    if warmup < updates:
-        assert rates[-1] == 3e-4 * 0.1  # reached, exactly, by the last update
-        assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+
+
+def test_golden_losses(base):
+    """A refactoring proves itself by leaving them unchanged; other versions of torch may sum in another order."""
+    golden = json.loads((ROOT / "tests" / "golden.json").read_text())["losses"]
+    assert list(series(base, "train_loss").values()) == pytest.approx(golden, rel=1e-5)
 
 
 # -----------------------------------------------------------------------------
-# ranks and micro-batches
+# one table: ranks x micro-batches x interruptions x precision
+
+KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
+UPDATE, SAVE, FSYNC, RENAME = "torch.nn.utils.clip_grad_norm_", "torch.save", "os.fsync", "os.replace"
+VALIDATE, SAMPLE = "numpy.resize", "torch.multinomial"  # which only these call
+KEEP = "keep_optimizer=true"
+
+SCENARIOS = [
+    # overrides, ranks, (place, call, signal) of each interruption, rank that it meets
+    ((), 1, [(UPDATE, 8, TERM)], 0),
+    ((), 1, [(UPDATE, 8, INT)], 0),
+    ((), 1, [(UPDATE, 1, USR1), (UPDATE, 3, USR1), (UPDATE, 20, USR1)], 0),
+    ((), 1, [(VALIDATE, 1, TERM), (VALIDATE, 2, TERM), (VALIDATE, 5, TERM)], 0),  # of steps 0, 7 and 24
+    ((), 1, [(SAMPLE, 130, TERM), (SAMPLE, 20, KILL)], 0),
+    ((), 1, [(SAVE, n, KILL) for n in (1, 3, 5, 4)], 0),
+    ((), 1, [(RENAME, n, KILL) for n in (9, 12, 14, 13, 15)], 0),
+    ((), 1, [(FSYNC, n, KILL) for n in (20, 30, 41, 33)], 0),
+    ((KEEP,), 1, [(SAVE, n, KILL) for n in (2, 5, 6)] + [(UPDATE, 5, TERM)], 0),
+    (("optimizer=muon",), 1, [(UPDATE, 8, TERM), (UPDATE, 5, KILL)], 0),
+    (("optimizer=muon", KEEP), 1, [(SAVE, 8, KILL), (UPDATE, 5, TERM)], 0),
+    (("dtype=bfloat16", "model.flash_attention=false"), 1, [(UPDATE, 8, TERM), (UPDATE, 9, KILL)], 0),
+    (("micro_batch_size=1",), 1, [(UPDATE, 8, TERM), (UPDATE, 9, KILL)], 0),
+    ((), 2, [(UPDATE, 8, TERM)], 0),
+    ((), 2, [(UPDATE, 8, USR1), (UPDATE, 5, KILL)], 1),
+    (("micro_batch_size=1", "optimizer=muon"), 2, [(VALIDATE, 3, TERM), (SAVE, 3, KILL)], 0),
+    (("zero_stage=1", KEEP), 2, [(UPDATE, 8, TERM), (UPDATE, 9, KILL)], 1),
+    (
+        ("model={model_type: GPT2, block_size: 32, vocab_size: 300, n_embd: 16, n_head: 2, n_layer: 1}",),
+        1,
+        [(UPDATE, 8, KILL)],
+        0,
+    ),
+]
 
 
-def test_two_ranks_compute_the_same(base, base2):
-    assert_close_run(base2, base[0])
-    assert parts(base2) == []
+@pytest.mark.parametrize("overrides, ranks, interruptions, rank", SCENARIOS)
+def test_interruptions_leave_no_trace(lab, overrides, ranks, interruptions, rank):
+    """The same command, again and again, ends as if nothing had happened."""
+    expected = lab.undisturbed(*overrides, ranks=ranks)
+    if not any(o.startswith(("optimizer", "dtype", "model")) for o in overrides):
+        assert_close_run(expected, lab.undisturbed())
+    name = f"interrupted{next(lab.count)}"
+    for i, trap in enumerate(interruptions):
+        options = {"ranks": ranks, "traps": {rank: trap}}
+        results = lab.finish(lab.start(*overrides, f"run_dir={lab.root / name}", **options))
+        if i > 0 and results[0].code == 0:
+            break  # less was left to do than the trap waits for
+        if trap[2] == KILL:
+            assert results[rank].code == -KILL, results
+            assert all(r.code != 0 for r in results)
+        else:
+            assert [r.code for r in results] == [75] * ranks, results
+            assert (lab.root / name / "status").read_text() == "interrupted\n"
+            assert "Traceback" not in "".join(r.err for r in results)
+    assert_same_run(lab.train(name, *overrides, ranks=ranks), expected)
 
 
-@pytest.mark.parametrize("micro, ranks", [(1, 1), (2, 1), (4, 1), (1, 2)])
-def test_micro_batches_compute_the_same(lab, base, micro, ranks):
-    assert_close_run(lab.train(f"micro {micro} {ranks}", f"micro_batch_size={micro}", ranks=ranks), base[0])
+def test_killed_at_random_moments(lab):
+    rng = random.Random(os.environ.get("KILL_SEED", "0"))
+    overrides = "num_iterations=300", "resume_every=3", "val_loss_every=40", "checkpoint_every=50", KEEP
+    expected, folder = lab.undisturbed(*overrides), lab.root / "killed"
+    for _ in range(int(os.environ.get("KILLS", "8"))):
+        ((process, _),) = started = lab.start(*overrides, f"run_dir={folder}")
+        path, before = folder / "main.log", time.monotonic()
+        length = path.stat().st_size if path.exists() else 0
+        while time.monotonic() - before < 20 and not (path.exists() and path.stat().st_size > length):
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.8))
+        process.kill()
+        lab.finish(started)
+    assert_same_run(lab.train("killed", *overrides), expected)
+    assert [m["step"] for m in metrics(folder) if "train_loss" in m] == list(range(1, 301))
 
 
-@pytest.mark.parametrize("n_windows, ranks", [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_a_small_validation_split_is_used_whole(lab, n_windows, ranks):
-    """Fewer windows than val_max_steps * batch_size, and even than ranks; the shard is a foreign one."""
-    tokens = shard_tokens(lab, "val")[: n_windows * (T + 1) + 5]
-    folder = lab.root / f"val {n_windows} {ranks}"
-    folder.mkdir()
-    header = np.zeros(256, "<i4")
-    header[:3] = 20240520, 1, len(tokens)
-    (folder / "any_val_000000.bin").write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
-    both = [f"{s}.{k}" for s in SECTIONS[1:] for k in ("train_tokenizer_vocab_size=null", "hf_tokenizer_path=")]
-    overrides = [o + str(lab.root / "data" / "tokenizer.json") if o.endswith("path=") else o for o in both]
-    overrides += [f"val_dataset_config.path={folder}", "num_iterations=2", "micro_batch_size=2"]
-    run = lab.train(f"small {n_windows} {ranks}", *overrides, ranks=ranks)
-    cls, batch = MODEL_CLASSES["LlamaSimpleMLP"], windows(tokens, range(n_windows))
-    with torch.no_grad():
-        expected = cls(cls.config_class(**BASE["model"]))(batch[:, :-1], batch[:, 1:])[1].item()
-    assert series(run, "val_loss")[0] == pytest.approx(expected, abs=1e-5)
-    assert "bits_per_byte" not in metrics(run)[0]  # nobody knows how much text these tokens were
+def test_compiled_run_resumes_to_the_bit(lab):
+    """Slow: twice compiled. Also what several ranks make of a state of one."""
+    expected, folder = lab.undisturbed("compile=true"), lab.root / "compiled"
+    trap = {0: (UPDATE, 8, TERM)}
+    assert lab.run("compile=true", f"run_dir={folder}", traps=trap).code == 75
+    other = shutil.copytree(folder, lab.root / "compiled, then eager on two ranks")
+    assert_same_run(lab.train("compiled", "compile=true"), expected)
+    assert_close_run(lab.train(other.name, "micro_batch_size=1", ranks=2), expected)
 
 
-def test_zero_stage_1_computes_the_same_and_resumes(lab, base2):
-    whole = lab.train("zero", "zero_stage=1", ranks=2)
-    assert_close_run(whole, base2)
-    options = {"ranks": 2, "traps": {1: ("prepare_data.Shards.windows", 14, [signal.SIGUSR1])}}
-    assert lab.run("zero_stage=1", f"run_dir={lab.root / 'zero again'}", **options).code == 75
-    assert_same_run(lab.train("zero again", "zero_stage=1", ranks=2), whole)
+def test_second_ctrl_c_ends_at_once(lab, base):
+    folder = lab.root / "impatient"
+    ((process, _),) = started = lab.start("val_max_steps=1000", "val_loss_every=1", f"run_dir={folder}", *LONG)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and metrics(folder))
+    os.kill(process.pid, INT)
+    os.kill(process.pid, INT)  # as the terminal and torchrun do for one Ctrl-C
+    (result,) = lab.finish(started)
+    assert (result.code, "Traceback" in result.err) == (75, False)
 
 
-# -----------------------------------------------------------------------------
-# interruptions
-
-READS = "prepare_data.Shards.windows"
+LONG = "num_iterations=100000", "resume_every=0", "intermediate_checkpoints=false"
 
 
-def interrupted(lab, name, *overrides, reads=14, number=signal.SIGTERM, **options) -> Path:
-    """The folder of a run that a signal stopped at a read of its data."""
-    result = lab.run(*overrides, f"run_dir={lab.root / name}", traps={0: (READS, reads, [number])}, **options)
+def wait_for(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_two_processes_in_one_folder(lab):
+    folder = lab.root / "shared"
+    started = lab.start(*LONG, f"run_dir={folder}")
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and metrics(folder))
+    result = lab.run(*LONG, f"run_dir={folder}")
+    assert (result.code, result.err.count("\n")) == (1, 1)
+    assert "another process" in result.err
+    os.kill(started[0][0].pid, TERM)
+    assert lab.finish(started)[0].code == 75
+
+
+def test_finished_run_is_left_alone(lab, base):
+    before = tree(base)
+    result = lab.run(f"run_dir={base}")
+    assert (result.code, result.out.count("\n"), result.err) == (0, 1, "")
+    assert "finished" in result.out
+    assert tree(base) == before
+
+
+def interrupted(lab, name, *overrides, update=14) -> Path:
+    """The folder of a run that a signal stopped."""
+    result = lab.run(*overrides, f"run_dir={lab.root / name}", traps={0: (UPDATE, update, TERM)})
     assert result.code == 75, result.err
     return lab.root / name
 
 
-def test_killed_again_and_again(lab, base):
-    """SIGKILL at random calls of what writes and reads, and at random moments, then the same command."""
-    rng, name, kills = random.Random(0), "killed 0", 0
-    points = {"os.fsync": 25, "os.replace": 15, "torch.save": 6, READS: 14}
-    while kills < 12:
-        point = rng.choice([*points, None])
-        trap = (point, rng.randint(1, points[point]), [signal.SIGKILL]) if point else None
-        started = lab.start(f"run_dir={lab.root / name}", traps={0: trap})
-        if not trap:
-            time.sleep(rng.uniform(0.1, 0.4))
-            started[0][0].kill()
-        (result,) = lab.finish(started)
-        assert "Traceback" not in result.err
-        if result.code == 0:  # it outlived the trap
-            assert_same_run(lab.root / name, base[0])
-            name = f"killed {kills}"
-        else:
-            assert result.code == -signal.SIGKILL
-            kills += 1
-    assert_same_run(lab.train(name), base[0])
+def states(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("optim_step_*.pt"), key=lambda p: int(re.search(r"\d+", p.name)[0]))
 
 
-def test_killed_on_two_ranks(lab, base2):
-    """Either rank dies: the other does not wait for it, and the same command goes on."""
-    for dies, reads in ((0, 9), (1, 12)):
-        trap = {dies: (READS, reads, [signal.SIGKILL])}
-        results = lab.finish(lab.start(f"run_dir={lab.root / 'killed 2'}", ranks=2, traps=trap), seconds=30)
-        assert all(r.code != 0 for r in results)
-    assert_same_run(lab.train("killed 2", ranks=2), base2)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_signals_end_the_update_in_hand(lab, base, number):
-    folder = interrupted(lab, f"signal {number}", number=number)
-    assert (folder / "status").read_text() == "interrupted\n"
-    done = torch.load(folder / "resume.pt", weights_only=True)["step"]
-    assert 0 < done < N
-    lines = metrics(folder)
-    assert max(m["step"] for m in lines) == done  # what is done is on disk
-    assert f"after update {done}" in (folder / "main.log").read_text().splitlines()[-1]
+@pytest.mark.parametrize("kind", ["optim", "model"])
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_corrupted_states_are_passed_over(lab, base, kind, all_of_them):
+    folder = interrupted(lab, f"corrupted {kind} {all_of_them}")
+    assert len(states(folder)) == 2
+    for path in states(folder)[0 if all_of_them else 1 :]:
+        path = path.with_name(path.name.replace("optim", kind))
+        os.truncate(path, path.stat().st_size // 2)
     result = lab.run(f"run_dir={folder}")
-    assert (result.code, f"continuing after update {done}" in result.out) == (0, True)
-    assert_same_run(folder, base[0])
+    assert (result.code, "corrupted" in result.err) == (0, True)
+    assert_same_run(folder, base)
 
 
-def test_a_second_ctrl_c_ends_at_once(lab, base):
-    folder = lab.root / "impatient"
-    slow_update = "torch.nn.utils.clip_grad_norm_", 8, [signal.SIGINT, signal.SIGINT]  # the second 1.2 s later
-    result = lab.run(f"run_dir={folder}", traps={0: slow_update})
-    assert result.code != 0
-    assert "Traceback" not in result.err
-    assert (folder / "status").read_text() == "interrupted\n"
-    assert_same_run(lab.train("impatient"), base[0])
+def test_many_starts_are_a_flat_list(lab, base):
+    folder = interrupted(lab, "starts", update=3)
+    starts = json.loads((folder / "environment.json").read_text()) * 2000
+    (folder / "environment.json").write_text(json.dumps(starts))
+    assert_same_run(lab.train("starts"), base)
+    assert len(json.loads((folder / "environment.json").read_text())) == 2001
 
 
-def test_a_signal_on_one_rank_stops_both_and_one_rank_goes_on(lab, base, base2):
-    folder, alone = lab.root / "stopped 2", lab.root / "stopped 2, on 1"
-    results = lab.finish(lab.start(f"run_dir={folder}", ranks=2, traps={1: (READS, 9, [signal.SIGTERM])}))
-    assert [r.code for r in results] == [75, 75], results
-    assert (folder / "status").read_text() == "interrupted\n"
-    shutil.copytree(folder, alone)
-    assert_same_run(lab.train(folder.name, ranks=2), base2)
-    assert_close_run(lab.train(alone.name), base[0])
+def test_states_of_other_runs_are_refused(lab, base):
+    """The pair itself says of which run it is, also where final_config.yaml is gone."""
+    folder = interrupted(lab, "mine")
+    other = interrupted(lab, "other", "model.n_layer=2", "num_iterations=75", update=40)
+    for path in (other / "checkpoints").iterdir():
+        shutil.copy(path, folder / "checkpoints")
+    mine = interrupted(lab, "mine too")
+    (mine / "final_config.yaml").unlink()
+    swapped = interrupted(lab, "swapped")
+    shutil.copy(other / "checkpoints" / "model_step_8.pt", states(swapped)[-1].parent / "model_step_14.pt")
+    for run_dir, overrides, words in (
+        (folder, (), ("model.n_layer", "num_iterations")),
+        (mine, ("optimizer=muon",), ("optimizer",)),
+        (mine, ("learning_rate=1e-3", "model.n_layer=2"), ("learning_rate", "model.n_layer")),
+        (swapped, (), ("model_step_14.pt",)),
+    ):
+        before = tree(run_dir)
+        result = lab.run(f"run_dir={run_dir}", *overrides)
+        assert (result.code, result.err.count("\n")) == (1, 1), result.err
+        assert all(word in result.err for word in words), result.err
+        assert tree(run_dir) == before
 
 
-def test_a_finished_run_is_recognised(lab, base):
-    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in base[0].rglob("*") if p.is_file()}
-    result = lab.run("sample_every=12", f"run_dir={base[0]}")
-    assert (result.code, result.out.count("\n"), result.err) == (0, 1, "")
-    assert "finished" in result.out
-    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in base[0].rglob("*") if p.is_file()} == before
+def test_what_a_resumed_run_may_change(lab, base):
+    folder = interrupted(lab, "free")
+    before = tree(folder)
+    result = lab.run(f"run_dir={folder}", "learning_rate=1e-3", "train_log_every=2")
+    assert (result.code, result.err.count("\n"), "train_log_every" in result.err) == (1, 1, False)
+    assert re.search(r"learning_rate 0.003 there, 0.001 here", result.err)
+    assert tree(folder) == before
+    assert_close_run(lab.train("free", "train_log_every=2", "micro_batch_size=2", "resume_every=5"), base)
 
 
-def test_another_config_is_refused_naming_the_keys(lab, base):
-    folder = interrupted(lab, "other config", reads=9)
-    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    result = lab.run(f"run_dir={folder}", "learning_rate=1e-3", "model.n_layer=2", "init_seed=7", "train_log_every=2")
-    assert (result.code, result.err.count("\n")) == (1, 1)
-    for key in ("learning_rate", "model.n_layer", "init_seed"):
-        assert re.search(rf"\b{re.escape(key)} .+? there, .+? here", result.err), result.err
-    assert "train_log_every" not in result.err
-    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
-    # what cannot change the result may change
-    free = ["train_log_every=2", "micro_batch_size=2", "resume_every=5", f"output_dir={lab.root / 'x'}"]
-    result = lab.run(f"run_dir={folder}", *free)
-    assert (result.code, "continuing after update" in result.out) == (0, True), result.err
-    assert_close_run(folder, base[0])
+@pytest.mark.parametrize("change", [[], ["num_iterations=40", "weight_decay=0.2", "betas=[0.8,0.9]", "warmup_iters=2"]])
+def test_branch(lab, base, change):
+    """A branch with the same config goes on as its run did; another one takes its own schedule from there on."""
+    trunk = lab.undisturbed(KEEP)
+    branch = lab.undisturbed(f"branch_from={trunk}", "branch_step=8", *change)
+    if change:
+        assert sorted(series(branch, "train_loss")) == list(range(9, 41))
+        assert series(branch, "train_loss")[9] == series(trunk, "train_loss")[9]
+        assert series(branch, "train_loss")[11] != series(trunk, "train_loss")[11]
+        assert series(branch, "lr")[20] == pytest.approx(reference_lr(20, 3e-3, 2, 40, 0.1))
+    else:
+        assert [m for m in metrics(trunk) if m["step"] > 8] == [m for m in metrics(branch) if m["step"] > 8]
+        assert equal(weights(branch), weights(trunk))
+    name = f"branch {len(change)}"
+    options = f"branch_from={trunk}", "branch_step=8", *change
+    for update in (2, 5):
+        interrupted(lab, name, *options, update=update)
+    assert_same_run(lab.train(name, *options), branch)
 
 
-def damage(path: Path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def test_inference_only_updates_nothing(lab, base):
+    start = base / "checkpoints" / "model_step_8.pt"
+    folder = lab.train("inference", "inference_only=true", f"from_pretrained={start}", "sample_every=0")
+    (line,) = metrics(folder)
+    assert line["val_loss"] == pytest.approx(validation_loss(lab, weights(base, 8)), abs=1e-5)
+    assert (line["step"], list((folder / "checkpoints").iterdir())) == (0, [])
 
 
-def test_a_damaged_state_is_reported_and_the_one_before_it_used(lab, base):
-    folder = interrupted(lab, "damaged")
-    last, before = (torch.load(folder / f"resume{x}.pt", weights_only=True)["step"] for x in ("", ".previous"))
-    assert before < last
-    damage(folder / "resume.pt")
-    with open(folder / "metrics.jsonl", "a") as f:
-        f.write('{"step": 99, "train_l')  # and a line was cut short
-    result = lab.run(f"run_dir={folder}")
-    assert result.code == 0
-    assert "resume.pt is damaged" in result.err
-    assert f"continuing after update {before}" in result.out
-    assert_same_run(folder, base[0])
+def test_full_disk_ends_the_run_and_the_same_command_resumes_it(lab, base):
+    """A small tmpfs that a file fills, at many sizes; then the file goes."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    disk = lab.root / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk]).returncode:
+        pytest.skip("this machine mounts no tmpfs")
+    try:
+        for free in (20, 60, 110, 160, 230):  # KB
+            filler = disk / "filler"
+            with open(filler, "wb", buffering=0) as f:
+                while f.tell() < 2**22 and shutil.disk_usage(disk).free > free * 1000:
+                    f.write(bytes(4096))
+            result = lab.run(f"run_dir={disk / 'run'}")
+            assert (result.code, "No space" in result.err) == (1, True), (free, result)
+            filler.unlink()
+        assert lab.run(f"run_dir={disk / 'run'}").code == 0
+        assert_same_run(disk / "run", base)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_no_state_left_begins_again(lab, base):
-    folder = interrupted(lab, "damaged twice")
-    damage(folder / "resume.pt")
-    (folder / "resume.previous.pt").write_bytes(b"")
-    result = lab.run(f"run_dir={folder}")
-    assert (result.code, "continuing" in result.out) == (0, False)
-    assert result.err.endswith("holds no whole state: the run begins again\n")
-    assert_same_run(folder, base[0])
-
-
-def test_a_damaged_state_does_not_displace_the_one_before_it(lab, base):
-    """Killed while it saves for the first time after a damaged resume.pt, a run still has the state before that."""
-    folder = interrupted(lab, "damaged, then killed")
-    damage(folder / "resume.pt")
-    before = torch.load(folder / "resume.previous.pt", weights_only=True)["step"]
-    save = ("torch.save", 1 + sum(before < s <= before + 3 for s in KEPT), [signal.SIGKILL])  # checkpoints come first
-    assert lab.run(f"run_dir={folder}", traps={0: save}).code == -signal.SIGKILL
-    result = lab.run(f"run_dir={folder}")
-    assert f"continuing after update {before}" in result.out, result.err
-    assert_same_run(folder, base[0])
-
-
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-def test_a_state_that_does_not_fit_on_the_disk_does_not_end_training(lab, base):
-    folder = lab.root / "full"
-    started = lab.start(f"run_dir={folder}")
-    resource.prlimit(started[0][0].pid, resource.RLIMIT_FSIZE, (60_000, 60_000))  # resume.pt needs more, nothing else
-    (result,) = lab.finish(started)
-    assert result.code not in (0, 75)  # but the run does not pass for finished
-    assert "Traceback" not in result.out + result.err, result.err
-    assert "could not save" in result.out + result.err
-    assert metrics(folder) == metrics(base[0])
-    assert weights(folder, 16).keys() == weights(base[0], 16).keys()
-    assert_same_run(lab.train("full"), base[0])
-
-
-# -----------------------------------------------------------------------------
-# seeds
-
-
-@pytest.mark.parametrize("init_seed, seed", [(7, 0), (42, 5)])
-def test_seeds_of_weights_and_order_are_apart(lab, base, init_seed, seed):
-    folder = lab.train(f"seeds {init_seed} {seed}", f"init_seed={init_seed}", f"seed={seed}")
-    check_against_reference(lab, folder, init_seed=init_seed, seed=seed)
-    assert equal(weights(folder, 0), weights(base[0], 0)) == (init_seed == 42)
-    assert metrics(folder) != metrics(base[0])
-
-
-def test_sample_seed_changes_the_samples_alone(lab, base):
-    folder = lab.train("samples", "sample_every=12", "sample_seed=1")
-    samples = [re.findall(r"sample:\n(.*?)\n\n", (f / "main.log").read_text(), re.S) for f in (folder, base[0])]
-    assert len(samples[0]) == len(samples[1]) == 3
-    assert all(a != b for a, b in zip(*samples, strict=True))
-    assert_same_run(folder, base[0])
-
-
-# -----------------------------------------------------------------------------
-# precision, compilation, health
-
-
-def test_bfloat16_is_close_and_resumes_to_the_bit(lab, base):
-    short = "dtype=bfloat16", "num_iterations=6", "batch_size=2", "val_max_steps=1"
-    whole, exact = lab.train("bf16", *short), lab.train("f32", *short, "dtype=float32")
-    for name, tolerance in (("train_loss", 0.02), ("val_loss", 0.02)):
-        a, b = series(whole, name), series(exact, name)
-        assert a == pytest.approx(b, rel=0, abs=tolerance)
-        assert all(a[s] != b[s] for s in a)  # under autocast, in validation too
-    assert all(v.dtype == torch.float32 for v in weights(whole, 6).values())
-    assert_same_run(lab.train(interrupted(lab, "bf16 again", *short, reads=5).name, *short), whole)
-
-
-def test_compiled_is_close_to_eager_and_resumes_to_the_bit(lab, base):
-    folder = lab.root / "compiled"
-    options = [lab.config, f"run_dir={folder}", "compile=true"]
-    done = script([ROOT / "train.py", *options], lab.root, TORCH_LOGS="recompiles")
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"torch.compile: done", done.stdout)
-    assert_close_run(folder, base[0])
-    # set-up compiles what training runs, rather than something that update 1 has to compile again
-    reasons = re.findall(r"__recompiles\] +- (.*)", done.stderr)
-    assert len(reasons) == 1 and "grad_mode" in reasons[0], reasons  # validation's graph, and nothing else
-    again = interrupted(lab, "compiled again", "compile=true")
-    assert_same_run(lab.train(again.name, "compile=true"), folder)
-
-
-def counting_syncs(note: Path):
-    """Write, at the end, how often a tensor was asked for its value: on a GPU each time is a wait for the device."""
-    calls = dict.fromkeys(("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"), 0)
-
-    def counted(name, original):
-        def call(*args, **kwargs):
-            calls[name] += 1
-            return original(*args, **kwargs)
-
-        return call
-
-    for name in calls:
-        setattr(torch.Tensor, name, counted(name, getattr(torch.Tensor, name)))
-    exit_ = sys.exit
-    sys.exit = lambda *args: (note.write_text(json.dumps(calls)), exit_(*args))
-
-
-def test_the_device_is_not_waited_for_between_log_lines(lab):
-    """As many values are asked for in 20 updates as in 100, where nothing but the first and the last is logged."""
-    options = "train_log_every=1000", "val_loss_every=0", "resume_every=0", "intermediate_checkpoints=false"
-    options += "grad_clip=1.0", "warmup_iters=0", "learning_rate=1e-3"
-    seen = []
-    for updates in (20, 100):
-        note = lab.root / f"syncs {updates}"
-        lab.train(f"{updates} updates", *options, f"num_iterations={updates}", traps={0: (counting_syncs, note)})
-        seen.append(json.loads(note.read_text()))
-    assert seen[0]["tolist"] == 2
-    assert seen[1] == seen[0]
-
-
-def test_without_a_compiler_training_goes_on_eager(lab, base, tmp_path):
-    env = {"PATH": str(tmp_path), "CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    result = lab.run("compile=true", f"run_dir={lab.root / 'no compiler'}", env=env)
-    assert result.code == 0, result.err
-    assert len(re.findall(r"^torch.compile does not work here \(.+\).*$", result.out, re.M)) == 1
-    assert "Traceback" not in result.out + result.err
-    assert_same_run(lab.root / "no compiler", base[0])
-
-
-@pytest.mark.parametrize("ranks, saves", [(1, 1), (1, 0), (2, 1)])
-def test_what_is_not_finite_ends_the_run_before_the_weights(lab, ranks, saves):
-    """Seen at once where the state is saved each update, and only at the end where nothing asks for losses before."""
-    folder = lab.root / f"not finite {ranks} {saves}"
-    options = "learning_rate=1e30", "grad_clip=null", "warmup_iters=0", "val_loss_every=0", "train_log_every=100"
-    options += f"resume_every={saves}", f"intermediate_checkpoints={'true' if saves else 'false'}", f"run_dir={folder}"
-    result = lab.run(*options, ranks=ranks)
-    assert result.code not in (0, 75)
-    assert re.match(r"train: update 2 ", result.err.splitlines()[-1]), result.err
-    assert (folder / "main.log").read_text().splitlines()[-1].startswith("train: update 2 ")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_what_is_not_finite_never_reaches_the_disk(lab, ranks):
+    folder = lab.root / f"diverged {ranks}"
+    options = "learning_rate=1e6", "grad_clip=null", "warmup_iters=0", "resume_every=1", "num_iterations=200"
+    result = lab.run(*options, f"run_dir={folder}", ranks=ranks)
+    assert (result.code, "is not finite" in result.err or "loss" in result.err) == (1, True), result
     assert (folder / "status").read_text() == "failed\n"
-    assert "Traceback" not in result.err
-    assert [m["step"] for m in metrics(folder)] == [1]
-    assert (folder / "resume.pt").exists() == bool(saves)
-    if saves:
-        state = torch.load(folder / "resume.pt", weights_only=True)
-        assert state["step"] == 1
-        assert equal(state["model"], weights(folder, 1))
-        assert all(v.isfinite().all() for v in state["model"].values())
-        assert not (folder / "checkpoints" / "model_step_2.pt").exists()
-
-
-def test_shards_of_another_config_are_said_to_be(lab):
-    """They train all the same: their source may lie elsewhere by now."""
-    options = "num_iterations=1", "val_dataset_config.split=train[95%:]", "train_dataset_config.column_name=story"
-    folder = lab.root / "another config"
-    result = lab.run(*options, f"run_dir={folder}")
-    notes = [line for line in (folder / "main.log").read_text().splitlines() if line.startswith("note: ")]
-    assert result.code == 0 and [line for line in result.out.splitlines() if line.startswith("note: ")] == notes
-    assert (
-        notes[0]
-        == f"note: {lab.root / 'data'} was prepared from another config: column_name 'text' there, 'story' here"
-    )
-    assert notes[1].endswith("split 'train[90%:]' there, 'train[95%:]' here") and len(notes) == 2
-    result = lab.run(lab.config, *options, config="--check")
-    assert result.code == 0 and result.err.splitlines() == notes and result.out.count("\n") == 1
+    assert "run_info.py" in (folder / "main.log").read_text()
+    for path in (folder / "checkpoints").glob("model_*.pt"):
+        for tensor in torch.load(path, weights_only=True).values():
+            assert tensor.isfinite().all(), path
 
 
 # -----------------------------------------------------------------------------
-# mistakes
+# W&B
 
 
-def refused(lab, cwd, *overrides, **options) -> str:
-    """The one line that a run ends with which writes nothing."""
-    before = {p: p.stat().st_mtime_ns for p in cwd.rglob("*")}
-    result = lab.run(*overrides, cwd=cwd, **options)
-    assert result.code not in (0, 75), result.out
-    assert result.out == ""
-    assert "Traceback" not in result.err, result.err
-    assert re.fullmatch(r"train: .+\n", result.err), result.err
-    assert {p: p.stat().st_mtime_ns for p in cwd.rglob("*")} == before
-    return result.err
+@pytest.fixture
+def wandb_server(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    server = Server()
+    homes = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    for name, value in (server.environment | homes).items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
 
 
-@pytest.mark.parametrize(
-    "text, says",
-    [
-        (None, "cannot read the config"),
-        ("batch_size: [1", "not YAML"),
-        ("batch_size: !!bool x", "not YAML"),
-        ("batch_size: 4\x00", "not YAML"),
-        ("- batch_size\n", "mapping"),
-        ("batch_size", "mapping"),
-        ("", "mapping"),
-        ("batch_size: 4\n", "missing key"),
-    ],
-)
-def test_what_is_no_config(lab, tmp_path, text, says):
-    config = lab.write(text) if text is not None else "nowhere.yaml"
-    assert says in refused(lab, tmp_path, config=config)
+def logged(history: list[dict]) -> list[dict]:
+    """The rows of metrics among W&B's history, without W&B's own columns."""
+    rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in history]
+    return [row for row in rows if "generation_tables" not in row]
 
 
-BAD = {
-    # unknown: the nearest key is named
-    "batch_sise=4": r"batch_sise.*nearest.* batch_size\b",
-    "model.n_layr=4": r"model.n_layr.*nearest.* model.n_layer\b",
-    "train_dataset_config.nctx=33": r"train_dataset_config.nctx.*nearest.* train_dataset_config.n_ctx\b",
-    "model.model_type=GPT3": r"model_type.*LlamaSimpleMLP.*GPT3",
-    # of another type
-    "batch_size=four": r"batch_size .*whole number.*'four'",
-    "batch_size=2.5": r"batch_size .*whole number.*2\.5",
-    "batch_size=null": r"batch_size .*whole number.*None",
-    "compile=maybe": r"compile .*true or false.*'maybe'",
-    "learning_rate=fast": r"learning_rate .*number.*'fast'",
-    "learning_rate=.nan": r"learning_rate .*finite",
-    "learning_rate=.inf": r"learning_rate .*finite",
-    "model.n_embd=wide": r"model.n_embd .*whole number.*'wide'",
-    "model.flash_attention=1": r"model.flash_attention .*true or false",
-    "train_dataset_config.n_ctx=[33]": r"train_dataset_config.n_ctx .*whole number",
-    "model=5": r"model",
-    "train_dataset_config=x": r"train_dataset_config .*section.*'x'",
-    # impossible
-    "batch_size=0": r"batch_size .*at least 1.*0",
-    "num_iterations=0": r"num_iterations .*at least 1",
-    "grad_clip=0": r"grad_clip .*above 0",
-    "learning_rate=-1": r"learning_rate .*above 0.*-1",
-    "learning_rate_decay_frac=1.5": r"learning_rate_decay_frac .*1\.5",
-    "warmup_iters=-1": r"warmup_iters .*at least 0",
-    "val_max_steps=0": r"val_max_steps .*at least 1",
-    "dtype=float8": r"dtype .*float32.*bfloat16.*'float8'",
-    "dtype=float16": r"float16 .*CUDA",
-    "zero_stage=2": r"zero_stage 2",
-    "zero_stage=true": r"zero_stage",
-    "init_seed=18446744073709551616": r"init_seed",
-    "sample_seed=18446744073709551616": r"sample_seed",
-    "val_dataset_config.seed=9223372036854775808": r"val_dataset_config.seed",
-    "model.n_head=3": r"n_embd .*16.*n_head .*3",
-    "model.n_key_value_heads=3": r"n_key_value_heads",
-    "model.n_ctx=16": r"n_ctx .*16.*block_size .*32",
-    "model.n_layer=0": r"n_layer",
-    "train_dataset_config.n_ctx=32": r"train_dataset_config.n_ctx is 32.*33",
-    "val_dataset_config.n_ctx=34": r"val_dataset_config.n_ctx is 34.*33",
-    "model.vocab_size=299": r"vocab_size .*299.*300",
-    "micro_batch_size=3": r"batch_size 4 .*divisible.*3",
-    "val_dataset_config.hf_tokenizer_path=gpt2": r"hf_tokenizer_path",
-    # devices
-    "device=cuda": r"cuda.*not there",
-    "device=cuda:7": r"cuda:7.*not there",
-    "device=cuda:200": r"device",
-    "device=tpu": r"device .*'tpu'",
-    "device=5": r"device .*5",
-    # overrides
-    "batch_size": r"'batch_size'.*key=value",
-    "=4": r"key=value",
-    "--batch_size=4": r"key=value",
-    "batch_size.x=4": r"batch_size",
-    "seed=[1": r"seed=\[1",
-    "seed=!!bool x": r"seed",
-    # where to begin and where to write
-    "from_pretrained=nowhere": r"nowhere",
-    "run_dir=a_file": r"a_file",
-    "run_dir=strange": r"strange",
+def test_wandb_has_what_the_folder_has(lab, base, wandb_server, tmp_path):
+    """Written to a server, interrupted and resumed in the same run there; and what another run starts from."""
+    env, folder = dict(os.environ), lab.root / "on wandb"
+    options = "wandb_project=test", f"run_dir={folder}"
+    assert lab.run(*options, env=env, traps={0: (UPDATE, 14, TERM)}).code == 75
+    path = f"me/test/{(folder / 'wandb_run_id').read_text()}"
+    assert wandb_server.runs[path].state == "preempted"
+    assert lab.run(*options, env=env).code == 0
+    remote = wandb_server.runs[path]
+    assert (remote.state, list(wandb_server.runs)) == ("finished", [path])
+    assert logged(remote.history) == [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    names = "final_config.yaml", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"
+    for file in [folder / n for n in names] + [folder / "checkpoints" / f"model_step_{s}.pt" for s in KEPT]:
+        assert remote.files[file.name] == file.read_bytes()
+    assert metrics(folder) == metrics(base)
+    tuned = lab.train("tuned", f"from_pretrained={path}", "num_iterations=1", env=env | {"SPD_OUT_DIR": str(tmp_path)})
+    assert equal(weights(tuned, 0), weights(folder))
+
+
+def test_wandb_out_of_reach_is_logged_offline(lab, base, wandb_server):
+    wandb_server.stop()
+    env = os.environ | {"WANDB_INIT_TIMEOUT": "2"}
+    result = lab.run("wandb_project=test", f"run_dir={lab.root / 'no server'}", env=env)
+    assert (result.code, result.out.count("offline")) == (0, 1), result.err
+    assert list((lab.root / "no server" / "wandb").glob("offline-run-*/*.wandb"))
+    assert metrics(lab.root / "no server") == metrics(base)
+
+
+# -----------------------------------------------------------------------------
+# a fork stays right: the scripts changed as a researcher would
+
+
+@pytest.fixture
+def fork(lab, tmp_path):
+    """A copy of the scripts in which change(file, old, new) edits a line and run(...) runs train.py."""
+
+    class Fork:
+        def __init__(self):
+            for path in ROOT.glob("*.py"):
+                shutil.copy(path, tmp_path)
+
+        def change(self, file, old, new):
+            text = (tmp_path / file).read_text()
+            assert text.count(old) == 1, (file, old)
+            (tmp_path / file).write_text(text.replace(old, new))
+
+        def run(self, name, *overrides):
+            args = [tmp_path / "train.py", lab.config, f"run_dir={tmp_path / name}", *overrides]
+            done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, timeout=120)
+            return tmp_path / name, done
+
+    return Fork()
+
+
+NEXT_UPDATE = "            # ---- update s + 1\n"
+
+
+def stop_once(fork, s):
+    """Have the process send itself a signal before update s + 1, where the run was not begun before."""
+    start = f"            if s == {s} and start == 0: os.kill(os.getpid(), signal.SIGTERM)\n"
+    fork.change("train.py", NEXT_UPDATE, start + NEXT_UPDATE)
+
+
+def test_fork_with_a_metric_of_its_own(fork):
+    own = "            if s % 5 == 2: log.metrics(s, {'mine': s * 1.5})\n"
+    fork.change("train.py", NEXT_UPDATE, own + NEXT_UPDATE)
+    stop_once(fork, 12)
+    folder, done = fork.run("mine")
+    assert done.returncode == 75, done.stderr
+    folder, done = fork.run("mine")
+    assert done.returncode == 0, done.stderr
+    assert series(folder, "mine") == {s: s * 1.5 for s in range(2, N, 5)}
+    assert [m["step"] for m in metrics(folder) if "mine" in m] == list(range(2, N, 5))
+    assert [m["step"] for m in metrics(folder) if "train_loss" in m] == list(range(1, N + 1))
+
+
+def test_fork_with_dropout(fork):
+    fork.change("models.py", "self.gelu(self.c_fc(x))", "F.dropout(self.gelu(self.c_fc(x)), 0.2, self.training)")
+    expected, done = fork.run("whole")
+    assert done.returncode == 0, done.stderr
+    stop_once(fork, 12)
+    assert fork.run("stopped")[1].returncode == 75
+    folder, done = fork.run("stopped")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(folder, expected)  # code/ is not compared: it is another
+
+
+def test_fork_that_raises(fork):
+    fork.change("train.py", NEXT_UPDATE, "            {}['mine' if s == 9 else s] if s == 9 else None\n" + NEXT_UPDATE)
+    folder, done = fork.run("raises")
+    assert (done.returncode, "KeyError: 'mine'" in done.stderr) == (1, True)
+    assert (folder / "status").read_text() == "failed\n"
+    assert "KeyError: 'mine'" in (folder / "main.log").read_text()
+
+
+# -----------------------------------------------------------------------------
+# one table of mistakes: one sentence, no traceback, nothing written
+
+LIMIT = "9" * 5000
+MISTAKES = [
+    (["learning_rat=1"], "learning_rate"),
+    (["model.n_hed=2"], "n_head"),
+    (["train_dataset_config.pth=x"], "path"),
+    (["batch_size=0"], "batch_size"),
+    (["batch_size=true"], "batch_size"),
+    (["compile=3"], "compile"),
+    (["num_iterations=1.5"], "num_iterations"),
+    (["learning_rate=.nan"], "learning_rate"),
+    (["learning_rate=-1"], "learning_rate"),
+    (["learning_rate=1e300"], "learning_rate"),
+    (["optimizer=muon", "muon_learning_rate=1e300"], "muon_learning_rate"),
+    (["muon_learning_rate=0.01"], "muon_learning_rate"),
+    (["optimizer=muon", "zero_stage=1"], "zero_stage"),
+    (["optimizer=sgd"], "adamw"),
+    ([f"num_iterations={LIMIT}"], "num_iterations"),
+    ([f"warmup_iters={'4' * 400}"], "warmup_iters"),
+    ([f"seed=0x{'f' * 5000}"], "seed"),
+    (["seed=[1]"], "seed"),
+    (["dtype=float64"], "float32"),
+    (["dtype=float16"], "float16"),
+    (["zero_stage=2"], "zero_stage"),
+    (["betas=[0.9]"], "betas"),
+    (["betas=[0.9, 1.5]"], "betas"),
+    (["device=tpu"], "device"),
+    (["device=cuda:77"], "cuda:77"),
+    (["micro_batch_size=3"], "micro_batch_size"),
+    (["checkpoint_steps=[25]"], "checkpoint_steps"),
+    (["checkpoint_steps=[-1]"], "checkpoint_steps"),
+    (["model.n_head=3"], "n_head"),
+    (["model.n_layer=true"], "n_layer"),
+    (["model.model_type=Bert"], "LlamaSimpleMLP"),
+    (["model=null"], "model"),
+    (["model.block_size=16"], "block_size"),
+    (["train_dataset_config.n_ctx=32"], "n_ctx"),
+    (["model.vocab_size=299"], "vocab_size"),
+    (["train_dataset_config.path=nowhere", "val_dataset_config.path=nowhere"], "prepare_data.py"),
+    (["train_dataset_config=null"], "train_dataset_config"),
+    (["from_pretrained=nowhere/at/all.pt"], "nowhere"),
+    (["branch_step=3"], "branch_from"),
+    (["branch_from=nowhere", "branch_step=3"], "nowhere"),
+    (["run_dir=a\0b"], "run_dir"),
+    (["--compile"], "--compile"),
+    (["compile"], "key=value"),
+    (["wandb_project=[]"], "wandb_project"),
+]
+
+
+@pytest.mark.parametrize("overrides, word", MISTAKES, ids=lambda x: str(x)[:40])
+def test_mistakes(lab, tmp_path, overrides, word):
+    new = [] if any("run_dir" in o for o in overrides) else [f"output_dir={tmp_path / 'runs'}"]
+    result = lab.run(*new, *overrides)
+    assert (result.code, result.out, result.err.count("\n")) == (1, "", 1), result
+    assert result.err.startswith("train: ") and word in result.err and len(result.err) < 600, result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+YAMLS = {
+    "duplicate key": (lambda text: text + "learning_rate: 1\n", "learning_rate"),
+    "alias bomb": (lambda text: text + "a: &a [1]\nb: &b [" + "*a," * 99 + "]\nc: [" + "*b," * 99 + "]\n", "alias"),
+    "both forms": (lambda text: text + "data: {dataset_name: x}\n", "data"),
+    "not a mapping": (lambda text: "- 1\n", "mapping"),
+    "not YAML": (lambda text: "a: [", "YAML"),
+    "surrogate": (lambda text: text + 'wandb_project: "\\ud800"\n', "wandb_project"),
+    "missing": (lambda text: text.replace("batch_size: 4\n", ""), "batch_size"),
 }
 
 
-@pytest.mark.parametrize("override", BAD)
-def test_bad_values(lab, tmp_path, override):
-    (tmp_path / "a_file").touch()
-    (tmp_path / "strange").mkdir()
-    (tmp_path / "strange" / "final_config.yaml").write_text("- not\n- a run\n")
-    assert re.search(BAD[override], refused(lab, tmp_path, override))
+@pytest.mark.parametrize("what", YAMLS)
+def test_mistakes_in_the_file(lab, tmp_path, what):
+    change, word = YAMLS[what]
+    result = lab.run(f"output_dir={tmp_path / 'runs'}", config=lab.write(change(lab.config.read_text())))
+    assert (result.code, result.err.count("\n"), word in result.err) == (1, 1, True), result.err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    "missing", ["learning_rate", "model", "train_dataset_config", "val_dataset_config.n_ctx", "model.model_type"]
+    "env",
+    [{"WORLD_SIZE": "abc"}, {"WORLD_SIZE": "0"}, {"RANK": "3"}, {"RANK": "-1"}, {"WORLD_SIZE": "3", "RANK": "0"}],
+    ids=str,
 )
-def test_missing_keys(lab, tmp_path, missing):
-    config = copy.deepcopy(lab.base)
-    *sections, last = missing.split(".")
-    del (config[sections[0]] if sections else config)[last]
-    assert missing in refused(lab, tmp_path, config=lab.write(config))
+def test_impossible_ranks(lab, tmp_path, env):
+    result = lab.run(f"output_dir={tmp_path / 'runs'}", env=env)
+    assert (result.code, result.err.count("\n")) == (1, 1), result.err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_no_shards(lab, tmp_path):
-    said = refused(lab, tmp_path, *[f"{s}.path=nowhere" for s in SECTIONS[1:]])
-    assert re.search(r"nowhere.*python prepare_data.py .*config\d+\.yaml", said)
-
-
-def test_ranks_that_do_not_divide_the_batch(lab, tmp_path):
-    assert "divisible" in refused(lab, tmp_path, env={"RANK": "0", "WORLD_SIZE": "3"})
-
-
-def test_fewer_tokens_than_a_window(lab, tmp_path):
-    long = len(shard_tokens(lab, "val")) + 1
-    long += long % 2
-    overrides = [f"{s}.n_ctx={long + 1}" for s in SECTIONS[1:]] + [f"model.{k}={long}" for k in ("block_size", "n_ctx")]
-    assert re.search(r"val shards .*fewer than one window", refused(lab, tmp_path, *overrides))
-
-
-def flip(at):
-    def action(folder):
-        with open(folder / "train_000001.bin", "r+b") as f:
-            f.seek(at)
-            byte = f.read(1)[0]
-            f.seek(at)
-            f.write(bytes([byte ^ 4]))
-
-    return action
-
-
-DAMAGE = {
-    "cut short": (lambda d: os.truncate(d / "train_000001.bin", 5000), r"train_000001.bin .*5000"),
-    "cut in its header": (lambda d: os.truncate(d / "train_000001.bin", 100), r"train_000001.bin"),
-    "longer": (lambda d: os.truncate(d / "train_000001.bin", 40_000), r"train_000001.bin .*40000"),
-    "magic flipped": (flip(0), r"train_000001.bin .*20240520"),
-    "version flipped": (flip(4), r"train_000001.bin"),
-    "count flipped": (flip(8), r"train_000001.bin"),
-    "gone": (lambda d: (d / "val_000000.bin").unlink(), r"val_000000.bin .*prepare_data.py"),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), r"tokenizer.json"),
-    "dataset.json cut short": (lambda d: os.truncate(d / "dataset.json", 100), r"dataset.json"),
-    "empty": (lambda d: [p.unlink() for p in d.iterdir()], r"python prepare_data.py .*config\d+\.yaml"),
+DATA = {
+    "a shard is cut short": (lambda d: os.truncate(next(d.glob("train_*.bin")), 1500), "train_0000"),
+    "a shard is gone": (lambda d: next(d.glob("val_*.bin")).unlink(), "val_0000"),
+    "another tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+    "no dataset.json": (lambda d: (d / "dataset.json").unlink(), "hf_tokenizer_path"),
+    "empty": (lambda d: [p.unlink() for p in d.iterdir()], "prepare_data.py"),
 }
 
 
-@pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_shards(lab, tmp_path, what):
-    action, says = DAMAGE[what]
+@pytest.mark.parametrize("what", DATA)
+def test_damaged_data(lab, tmp_path, what):
+    change, word = DATA[what]
     shutil.copytree(lab.root / "data", tmp_path / "data")
-    action(tmp_path / "data")
-    overrides = [f"{s}.path={tmp_path / 'data'}" for s in SECTIONS[1:]]
-    assert re.search(says, refused(lab, tmp_path, *overrides))
+    change(tmp_path / "data")
+    paths = [f"{section}.path={tmp_path / 'data'}" for section in SECTIONS]
+    result = lab.run(f"output_dir={tmp_path / 'runs'}", *paths)
+    assert (result.code, result.err.count("\n"), word in result.err) == (1, 1, True), result.err
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
-@pytest.mark.parametrize(
-    "overrides, says",
-    [
-        (["model.n_intermediate=64"], r"mlp.c_fc.weight \(32, 16\).*\(64, 16\)"),
-        (["model.n_layer=2"], r"h\.1\."),
-        (["model.n_head=4", "model.n_key_value_heads=2", "model.rotary_dim=4"], r"n_head 2 there, 4 here"),
-        (["model.rotary_base=77"], r"rotary_base 10000 there, 77 here"),
-        (["model.rms_norm_eps=1e-3"], r"rms_norm_eps 1e-06 there, 0.001 here"),
-        (["model.rotary_adjacent_pairs=true"], r"rotary_adjacent_pairs False there, True here"),
-        (["model.model_type=LlamaSimple"], r"LlamaSimple"),
-        (["model={model_type: GPT2, block_size: 32, vocab_size: 300, n_embd: 16, n_head: 2, n_layer: 1}"], r"GPT2"),
-    ],
-)
-def test_weights_of_another_model_are_refused(lab, base, tmp_path, overrides, says):
-    assert re.search(says, refused(lab, tmp_path, *overrides, f"from_pretrained={base[0]}"))
+def test_data_prepared_again_and_foreign_ids(lab, base, tmp_path):
+    data, folder = tmp_path / "data", lab.root / "old data"
+    shutil.copytree(lab.root / "data", data)
+    paths = [f"{section}.path={data}" for section in SECTIONS]
+    interrupted(lab, folder.name, *paths)
+    with open(data / "dataset.json", "a") as f:
+        f.write("\n")
+    result = lab.run(f"run_dir={folder}", *paths)
+    assert (result.code, "prepared again" in result.err) == (1, True)
+    note = lab.run(*paths, "train_dataset_config.split=train[:50%]", f"output_dir={tmp_path}", "num_iterations=1")
+    assert (note.code, "another config" in note.out) == (0, True)
+    (data / "dataset.json").unlink()
+    shard = next(data.glob("train_*.bin"))
+    raw = np.fromfile(shard, "<u2")
+    raw[-100:] = 60000
+    raw.tofile(shard)
+    tokenizer = [f"{s}.hf_tokenizer_path={data / 'tokenizer.json'}" for s in SECTIONS]
+    other = ["train_dataset_config.train_tokenizer_vocab_size=null", f"output_dir={tmp_path}", "batch_size=64"]
+    result = lab.run(*paths, *tokenizer, *other)
+    assert (result.code, "60000" in result.err) == (1, True), result.err
 
 
-def test_damaged_weights_are_refused(lab, base, tmp_path):
-    for name in ("final_config.yaml", "model_config.yaml"):
-        shutil.copy(base[0] / name, tmp_path)
-    (tmp_path / "model_step_3.pt").write_bytes((base[0] / "checkpoints" / "model_step_8.pt").read_bytes()[:2000])
-    assert "model_step_3.pt" in refused(lab, tmp_path, f"from_pretrained={tmp_path}")
+def test_exact_numbers_and_paths(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    c = train.load_config(lab.config, ["seed='9007199254740993'", "learning_rate=3e-4", "num_iterations=1e3"])
+    assert (c.seed, c.learning_rate, c.num_iterations) == (9007199254740993, 3e-4, 1000)
+    c = train.load_config(lab.config, ["run_dir=2026-01-01", "weight_decay='1e-1'", "batch_size=4.0"])
+    assert (c.run_dir, c.weight_decay, c.batch_size) == ("2026-01-01", 0.1, 4)
+    assert lab.run("num_iterations=1", "output_dir=~/runs", env={"HOME": str(tmp_path)}).code == 0
+    assert len(list((tmp_path / "runs").iterdir())) == 1
 
 
-def test_numbers_that_yaml_takes_for_text(lab):
-    config = lab.config.read_text().replace("learning_rate: 0.003", "learning_rate: 3e-3")
-    assert isinstance(yaml.safe_load(config)["learning_rate"], str)
-    c = train.load_config(lab.write(config), ["num_iterations=100_000", "weight_decay=1e-1", "batch_size=4.0"])
-    assert (c.learning_rate, c.num_iterations, c.weight_decay, c.batch_size) == (3e-3, 100_000, 0.1, 4)
+def test_check_writes_nothing(lab, base, tmp_path):
+    before = tree(lab.root)
+    for args, says in ((["num_iterations=5"], f"{tmp_path}/out/target_models/\n"), ([f"run_dir={base}"], f"{base}\n")):
+        done = run("train.py", "--check", lab.config, *args, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (0, says), done.stderr
+    done = run("train.py", "--check", lab.config, "batch_size=3", cwd=tmp_path, env={"WORLD_SIZE": "2"})
+    assert (done.returncode, "batch_size" in done.stderr) == (1, True)
+    assert (list(tmp_path.iterdir()), {k: v for k, v in tree(lab.root).items() if k in before}) == ([], before)
 
 
 def test_help_names_every_key(lab):
-    done = lab.run(config="--help")
-    assert (done.code, done.err) == (0, "")
-    classes = [train.Config, prepare_data.DatasetConfig, *(c.config_class for c in MODEL_CLASSES.values())]
-    for cls in classes:
-        for field in dataclasses.fields(cls):
-            assert re.search(rf"\b{field.name}\b", done.out), field.name
-    assert set(MODEL_CLASSES) <= set(re.findall(r"\w+", done.out))
+    done = run("train.py", "--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    classes = [train.Config, prepare_data.DatasetConfig]
+    keys = [name for cls in classes for name in cls.model_fields]
+    keys += [f.name for model in MODEL_CLASSES.values() for f in dataclasses.fields(model.config_class)]
+    assert set(keys) | set(MODEL_CLASSES) <= set(re.findall(r"\w+", done.stdout))
+
+
+def test_samples_on_a_console_that_knows_ascii_alone(lab):
+    result = lab.run("num_iterations=1", f"run_dir={lab.root / 'ascii'}", env={"PYTHONIOENCODING": "ascii"})
+    assert result.code == 0, result.err
 
 
 # what a person could have typed, and what no person would
@@ -991,7 +946,6 @@ scalars = st.one_of(
     st.floats(),
     st.text(max_size=6),
     st.dates(),
-    st.binary(max_size=3),
     st.sampled_from(["3e-4", "1e999", "gpt2", "float32", "LlamaSimpleMLP", "train[:5%]"]),
 )
 junk = st.recursive(
@@ -999,25 +953,23 @@ junk = st.recursive(
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=2),
     max_leaves=4,
 )
-key_names = st.sampled_from(
-    [f.name for c in (train.Config, prepare_data.DatasetConfig) for f in dataclasses.fields(c)] + [*BASE["model"]]
-)
-dotted = st.builds(lambda *p: ".".join(p), st.sampled_from([*SECTIONS, "batch_size", "x"]), key_names) | key_names
+key_names = st.sampled_from([*train.Config.model_fields, *prepare_data.DatasetConfig.model_fields, *MODEL])
+dotted = st.builds(lambda *p: ".".join(p), st.sampled_from(["model", *SECTIONS, "batch_size", "x"]), key_names)
 overrides = st.lists(
     st.text(max_size=8)
-    | st.builds("{}={}".format, dotted, scalars)
-    | st.builds("{}={}".format, dotted, st.text(alphabet="!&*[]{}:,\"'-~@|>%#0x_a. ", max_size=8)),
+    | st.builds("{}={}".format, dotted | key_names, scalars)
+    | st.builds("{}={}".format, dotted | key_names, st.text(alphabet="!&*[]{}:,\"'-~@|>%#0x_a. ", max_size=8)),
     max_size=3,
 )
-edits = st.lists(st.tuples(st.sampled_from([None, *SECTIONS]), key_names | scalars, junk, st.booleans()), max_size=3)
+edits = st.lists(
+    st.tuples(st.sampled_from([None, "model", *SECTIONS]), key_names | scalars, junk, st.booleans()), max_size=3
+)
 
 
-@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=200, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(edits, overrides, st.text(alphabet="!&*[]{}:,\"'-~@|>%#?a1. \n", max_size=12))
 @example([], ["seed=!!timestamp x"], "")
-@example([], ['seed=!!int ""'], "")
 @example([], ["seed=" + "[" * 1500], "")
-@example([], [], "seed: " + "[" * 1500)
 @example([], ["model.x=&a {b: *a}"], "")
 def test_no_config_is_a_stack_trace(lab, edits, overrides, tail):
     config = copy.deepcopy(lab.base)
@@ -1028,221 +980,11 @@ def test_no_config_is_a_stack_trace(lab, edits, overrides, tail):
                 target.pop(name, None)
             else:
                 target[name] = value
-    folder = lab.root / "fuzz"
-    folder.mkdir(exist_ok=True)
     path = lab.root / "fuzz.yaml"
     path.write_text(yaml.safe_dump(config) + tail)
-    here = os.getcwd()
-    os.chdir(folder)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                assert isinstance(train.load_config(path, overrides), train.Config)
-            except prepare_data.UserError as e:
-                assert str(e)
-    finally:
-        os.chdir(here)
-    assert list(folder.iterdir()) == []
-
-
-# -----------------------------------------------------------------------------
-# W&B
-
-
-def wandb_records(path: Path):
-    """The records of a .wandb file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    raw, at, record = path.read_bytes(), 7, b""
-    while at + 7 <= len(raw):
-        room = 32768 - at % 32768
-        if room < 7:
-            at += room
-            continue
-        size, kind = struct.unpack_from("<HB", raw, at + 4)  # after the checksum; 1: whole, 2, 3, 4: its parts
-        record, at = record + raw[at + 7 : at + 7 + size], at + 7 + size
-        if kind in (1, 4):
-            yield Record.FromString(record)
-            record = b""
-
-
-OFFLINE = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
-LOGGED = {"train_loss", "lr", "grad_norm", "tokens", "tokens_per_s", "mfu", "val_loss", "bits_per_byte"}
-
-
-def values(items) -> dict:
-    return {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items}
-
-
-def wandb_run(run: Path):
-    """(run id, config, rows of history) of the folder of an offline run."""
-    run_id, config, rows = None, {}, []
-    for record in wandb_records(next(run.glob("*.wandb"))):
-        if record.WhichOneof("record_type") == "history":
-            rows.append(values(record.history.item))
-        run_id = record.run.run_id or run_id
-        config |= values(record.config.update) | values(record.run.config.update)
-    return run_id, config, rows
-
-
-def assert_logged(rows: list[dict], folder: Path):
-    """W&B's history is metrics.jsonl: a row a step, in order, with nothing missing and nothing twice."""
-    expected = {}
-    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
-        expected.setdefault(line["step"], {}).update({k: v for k, v in line.items() if k != "step"})
-    assert [row["_step"] for row in rows] == list(expected)
-    assert [{k: v for k, v in row.items() if k in LOGGED} for row in rows] == list(expected.values())
-
-
-def assert_samples(run: Path, folder: Path):
-    """The newest table of samples holds all that the log tells, however often the run was interrupted."""
-    newest = max(run.glob("media/table/*.table.json"), key=lambda p: int(p.name.split("_")[2]))
-    data = json.loads(newest.read_text())["data"]
-    logged = re.findall(r"step (\d+)/\d+ \| sample:\n(.*?)\n\n", (folder / "main.log").read_text(), re.S)
-    assert data == [[int(step), text] for step, text in dict(logged).items()]
-    lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
-    assert data == [[m["step"], m["text"]] for m in lines]
-
-
-def assert_files(files: Path | dict, folder: Path):
-    """SPD looks for these at the run's root."""
-    wanted = [folder / f"{n}" for n in ("final_config.yaml", "model_config.yaml", "tokenizer.json")]
-    for path in wanted + [folder / "checkpoints" / f"model_step_{s}.pt" for s in KEPT]:
-        assert (files[path.name] if isinstance(files, dict) else (files / path.name).read_bytes()) == path.read_bytes()
-
-
-def test_wandb_offline_has_everything(lab, base):
-    pytest.importorskip("wandb")
-    options = "wandb_project=test", "sample_every=3", "train_log_every=100", "resume_every=0"
-    folder = lab.train("wandb", *options, env=OFFLINE)
-    assert metrics(folder) == metrics(base[0])
-    (run,) = (folder / "wandb").glob("offline-run-*")
-    _, config, rows = wandb_run(run)
-    assert_logged(rows, folder)
-    assert_samples(run / "files", folder)
-    assert_files(run / "files", folder)
-    final = yaml.safe_load((folder / "final_config.yaml").read_text())
-    assert {k: v for k, v in config.items() if k != "_wandb"} == final
-
-
-def test_wandb_goes_on_in_the_same_run(lab, base):
-    """Stopped in the update before a validation and a sample, whose row the run that goes on completes."""
-    pytest.importorskip("wandb")
-    options = "wandb_project=test", "sample_every=7", "resume_every=0", f"run_dir={lab.root / 'wandb continued'}"
-    stop = {0: ("torch.nn.utils.clip_grad_norm_", 14, [signal.SIGTERM])}
-    assert lab.run(*options, env=OFFLINE, traps=stop).code == 75
-    assert lab.run(*options, env=OFFLINE).code == 0
-    folder = lab.root / "wandb continued"
-    assert_same_run(folder, base[0])
-    runs = sorted((folder / "wandb").glob("offline-run-*"))
-    first, second = map(wandb_run, runs)
-    assert first[0] == second[0] == (folder / "wandb_run_id").read_text()
-    assert [row["_step"] for row in second[2]] == list(range(14, N + 1))
-    assert_logged(first[2] + second[2], folder)
-    assert_samples(runs[1] / "files", folder)
-
-
-def test_wandb_online_and_back(lab, base, tmp_path):
-    """Written to a server, stopped and continued there, then read from it, also as what another run starts from."""
-    pytest.importorskip("wandb")
-    server = Server()
-    try:
-        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
-        folder = lab.root / "wandb online"
-        options = "wandb_project=test", "sample_every=7", "resume_every=0", f"run_dir={folder}"
-        stop = {0: ("torch.nn.utils.clip_grad_norm_", 14, [signal.SIGTERM])}
-        assert lab.run(*options, env=env, traps=stop).code == 75
-        path = f"me/test/{(folder / 'wandb_run_id').read_text()}"
-        remote = server.runs[path]
-        assert remote.state == "preempted"
-        result = lab.run(*options, env=env)
-        assert (result.code, result.out.count("W&B failed")) == (0, 0)
-        assert_same_run(folder, base[0])
-        assert (remote.state, list(server.runs)) == ("finished", [path])
-        assert_logged(remote.history, folder)
-        assert_files(remote.files, folder)
-
-        server.asked.clear()
-        env |= {"SPD_OUT_DIR": str(tmp_path / "out")}
-        result = lab.run(f"from_pretrained={path}", f"run_dir={lab.root / 'wandb tuned'}", env=env, ranks=2)
-        assert result.code == 0, result.err
-        assert equal(weights(lab.root / "wandb tuned", 0), weights(folder))
-        assert "from " + str(tmp_path / "out" / "pretrain_cache") in result.out
-        assert server.downloads().count(f"model_step_{N}.pt") == 1
-        server.stop()
-        results = lab.finish(
-            lab.start("from_pretrained=me/test/zzzz9999", f"run_dir={tmp_path / 'x'}", env=env, ranks=2)
-        )
-        assert [r.code for r in results] == [1, 1]
-        assert re.fullmatch(r"train: cannot reach W&B at .*\n", results[0].err)
-        assert not (tmp_path / "x").exists()
-    finally:
-        server.stop()
-
-
-def test_a_wandb_that_fails_does_not_end_the_run(lab, base, tmp_path):
-    pytest.importorskip("wandb")
-    env = {"WANDB_MODE": "online", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
-    result = lab.run("wandb_project=test", f"run_dir={lab.root / 'no wandb'}", env=env)
-    assert result.code == 0, result.err
-    assert len(re.findall(r"^W&B failed \(.+\).*training goes on", result.out, re.M)) == 1
-    assert_same_run(lab.root / "no wandb", base[0])
-
-
-@pytest.mark.parametrize("what, answers", [("graphql", 0), ("graphql", 6), ("stream", 0)])
-def test_a_wandb_that_hangs_does_not_end_the_run(lab, base, tmp_path, what, answers):
-    """Its server says nothing: at the start, from the first table of samples on, or when rows come."""
-    pytest.importorskip("wandb")
-    server = Server()
-    try:
-        server.faults = {what: [None] * answers + ["hang"] * 1000}
-        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
-        env |= {"WANDB_INIT_TIMEOUT": "1", "WANDB_FINISH_TIMEOUT": "1", "WANDB_HTTP_TIMEOUT": "1"}
-        folder = lab.root / f"wandb hangs {what} {answers}"
-        result = lab.run("wandb_project=test", "sample_every=12", f"run_dir={folder}", env=env)
-        assert result.code == 0, result.err
-        assert len(re.findall(r"^W&B failed \(.+\); .*without it$", result.out, re.M)) == 1
-        assert_same_run(folder, base[0])
-    finally:
-        server.stop()
-
-
-def children(pid: int, name: str) -> list[int]:
-    """The process ids of a process's children of that name."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # gone meanwhile
-            text = path.read_text()
-            if text.startswith(f"Name:\t{name}\n") and f"\nPPid:\t{pid}\n" in text:
-                found.append(int(path.parent.name))
-    return found
-
-
-def test_a_wandb_that_dies_does_not_end_the_run(lab, base, tmp_path):
-    """Its process, which hands on what is logged, is killed once the run has begun there."""
-    pytest.importorskip("wandb")
-    server = Server()
-    try:
-        env = server.environment | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_SILENT": "true"}
-        started = lab.start("wandb_project=test", f"run_dir={lab.root / 'wandb dies'}", env=env)
-        while not server.runs:
-            assert started[0][0].is_alive()
-            time.sleep(0.01)
-        (core,) = children(started[0][0].pid, "wandb-core")
-        os.kill(core, signal.SIGKILL)
-        (result,) = lab.finish(started)
-        assert result.code == 0, result.err
-        assert len(re.findall(r"^W&B failed \(.+\); .*without it$", result.out, re.M)) == 1
-        assert_same_run(lab.root / "wandb dies", base[0])
-    finally:
-        server.stop()
-
-
-def test_dataset_of_the_run_is_the_one_prepared(lab):
-    """The shards that every number above was computed from are those that dataset.json describes."""
-    about = json.loads((lab.root / "data" / "dataset.json").read_text())
-    for split in ("train", "val"):
-        for shard in about["splits"][split]["shards"]:
-            data = (lab.root / "data" / shard["file"]).read_bytes()
-            assert hashlib.sha256(data).hexdigest() == shard["sha256"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            assert isinstance(train.load_config(path, overrides), train.Config)
+        except prepare_data.UserError as e:
+            assert str(e) and len(str(e)) < 2000

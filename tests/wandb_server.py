@@ -10,6 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 KEY = "0123456789" * 4
+LOGIN = "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
+PAGE = 4  # files a page of a listing, so that there are several
 
 
 @dataclass
@@ -23,70 +25,60 @@ class RemoteRun:
     config: dict = field(default_factory=dict)
     preempting: bool = False
 
-    def listed(self, name: str, url: str) -> dict:
-        md5 = base64.b64encode(hashlib.md5(self.files[name]).digest()).decode()
-        node = {"id": name, "name": name, "url": url, "directUrl": url, "mimetype": "", "updatedAt": "2026-01-01"}
-        return node | {"sizeBytes": str(len(self.files[name])), "md5": md5} | self.says.get(name, {})
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        self.server.owner.file(self, unquote(self.path))
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path == "/graphql":
+            self.server.owner.graphql(self, json.loads(body))
+        elif self.path.endswith("/file_stream"):
+            self.server.owner.stream(self, json.loads(body))
+        else:
+            self.answer(404, b"")  # the client's own telemetry
+
+    def do_PUT(self):
+        _, path, name = unquote(self.path).split("//", 2)
+        self.server.owner.runs[path].files[name] = self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(200, b"")
+
+    def answer(self, status: int, body: bytes, length: int | None = None):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body) if length is None else length))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 class Server:
     """Speaks what wandb's client needs to write and read runs, on a port of its own, in threads of this process."""
 
-    PAGE = 4  # files a page of a listing, so that there are several
-
     def __init__(self):
-        self.port = 0
-        self.start()
+        self.port, self.listening = 0, False
         self.reset()
 
     def reset(self) -> None:
         """Forget all runs, faults and requests; answer again."""
         self.runs: dict[str, RemoteRun] = {}  # entity/project/id -> run
-        self.faults: dict[str, list] = {}  # file name, or "graphql" -> what its next requests meet
-        self.asked: list[str] = []  # the file name, or "graphql", of each request
-        if not self.listening:
-            self.start()
+        self.faults: dict[str, list] = {}  # file name, "graphql" or "stream" -> what its next requests meet
+        self.asked: list[str] = []  # the file name, "graphql" or "stream", of each request
+        self.endless = 0  # bytes that a client took of a body without end
+        self.start()
 
     def start(self) -> None:
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-            server_ = self
-
-            def log_message(self, *_):
-                pass
-
-            def do_HEAD(self):
-                self.answer(404, b"")
-
-            def do_GET(self):
-                self.server_.file(self, unquote(self.path))
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                if self.path == "/graphql":
-                    self.server_.graphql(self, json.loads(body))
-                elif self.path.endswith("/file_stream"):
-                    self.server_.stream(self, json.loads(body))
-                else:
-                    self.answer(404, b"")  # the client's own telemetry
-
-            def do_PUT(self):
-                _, path, name = unquote(self.path).split("//", 2)
-                self.server_.runs[path].files[name] = self.rfile.read(int(self.headers["Content-Length"]))
-                self.answer(200, b"")
-
-            def answer(self, status: int, body: bytes):
-                self.send_response(status)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
+        if self.listening:
+            return
         self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.http.owner, self.http.daemon_threads = self, True
         self.http.handle_error = lambda *_: None  # a client that went away
-        self.http.daemon_threads = True
-        self.port = self.http.server_port
+        self.port, self.listening = self.http.server_port, True
         threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-        self.listening = True
 
     def stop(self) -> None:
         """No one answers at the port any more."""
@@ -101,24 +93,23 @@ class Server:
         return {"WANDB_BASE_URL": f"http://127.0.0.1:{self.port}", "WANDB_API_KEY": KEY, "WANDB_HTTP_TIMEOUT": "5"}
 
     def downloads(self) -> list[str]:
-        return sorted(name for name in self.asked if name != "graphql")
+        return sorted(name for name in self.asked if name not in ("graphql", "stream"))
 
     def met(self, handler, name: str, body: bytes) -> bool:
-        """Whether a fault took the place of the answer."""
+        """Whether a fault took the place of the answer: a status, "cut", "endless" or "hang"."""
         self.asked.append(name)
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
         if isinstance(fault, int):
             handler.answer(fault, b"no")
         elif fault == "cut":  # announced whole, sent by half
-            handler.send_response(200)
-            handler.send_header("Content-Length", str(len(body)))
-            handler.end_headers()
-            handler.wfile.write(body[: len(body) // 2])
-            handler.wfile.flush()
-            handler.close_connection = True
-            handler.connection.shutdown(2)
+            handler.answer(200, body[: len(body) // 2], len(body))
+        elif fault == "endless":
+            handler.answer(200, body, 2**40)
+            for _ in range(2**10):
+                self.endless += handler.wfile.write(bytes(2**20))
         elif fault == "hang":
             time.sleep(30)
+        handler.close_connection = bool(fault)
         return bool(fault)
 
     def file(self, handler, path: str) -> None:
@@ -126,22 +117,17 @@ class Server:
         body = self.runs[f"{entity}/{project}/{run_id}"].files[name]
         if not self.met(handler, name, body):
             # as W&B's files, which want the login, and as a bucket, which refuses one beside its signed address
-            allowed = self.logged_in(handler) if place == "files" else not handler.headers["Authorization"]
+            allowed = handler.headers["Authorization"] == (LOGIN if place == "files" else None)
             handler.answer(200 if allowed else 401, body if allowed else b"")
-
-    def logged_in(self, handler) -> bool:
-        return handler.headers["Authorization"] == "Basic " + base64.b64encode(f"api:{KEY}".encode()).decode()
 
     def graphql(self, handler, request: dict) -> None:
         query, given = request["query"], request.get("variables") or {}
         if self.met(handler, "graphql", b""):
             return
-        if not self.logged_in(handler):
+        if handler.headers["Authorization"] != LOGIN:
             return handler.answer(401, b'{"errors": [{"message": "user is not logged in"}]}')
         data = {"viewer": {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": None}}
-        path = "/".join(
-            (given.get("entity") or "me", given.get("project") or "", given.get("name") or given.get("run") or "")
-        )
+        path = f"{given.get('entity') or 'me'}/{given.get('project')}/{given.get('name') or given.get('run')}"
         run = self.runs.get(path)
         if "upsertBucket" in query:
             run = self.runs.setdefault(path, RemoteRun({}))
@@ -153,7 +139,7 @@ class Server:
         elif "createRunFiles" in query:
             urls = [{"name": n, "uploadUrl": f"http://127.0.0.1:{self.port}/up//{path}//{n}"} for n in given["files"]]
             data = {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": urls}}
-        elif "createArtifact" in query:  # a table is an artifact too; its file comes among the run's as well
+        elif "createArtifact" in query:  # a table is an artifact, too; its file comes among the run's as well
             return handler.answer(400, b'{"errors": [{"message": "no artifacts here"}]}')
         elif "artifact" in query:
             data = {"project": None}
@@ -177,27 +163,20 @@ class Server:
         """What a client that writes a run learns of it."""
         entity, project, run_id = path.split("/")
         tail = json.dumps([json.dumps(row) for row in run.history[-1:]])
-        about = {"id": "1", "name": run_id, "displayName": "a run", "description": "", "sweepName": None, "tags": []}
-        about |= {"project": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}}}
-        about |= {"historyLineCount": len(run.history), "eventsLineCount": 0, "logLineCount": 0, "notes": None}
-        about |= {"historyTail": tail, "eventsTail": "[]", "summaryMetrics": "{}", "config": json.dumps(run.config)}
-        return about | {"wandbConfig": json.dumps({"t": {}})}
+        about = {"id": "1", "name": run_id, "displayName": "a run", "config": json.dumps(run.config), "tags": []}
+        about |= {"project": {"id": "1", "name": project, "entity": {"id": "1", "name": entity}}, "wandbConfig": "{}"}
+        about |= {"historyLineCount": len(run.history), "eventsLineCount": 0, "logLineCount": 0, "historyTail": tail}
+        return about | {"eventsTail": "[]", "summaryMetrics": "{}"}
 
     def run(self, run: RemoteRun, path: str, given: dict) -> dict:
         """All that the client's queries of a run ask for."""
-        first, names = int(given.get("fileCursor") or 0), list(run.files)
-        page = names[first : first + self.PAGE]
-        base = f"http://127.0.0.1:{self.port}/files/{path}"
-        edges = [{"cursor": str(first + i + 1), "node": run.listed(n, f"{base}/{n}")} for i, n in enumerate(page)]
-        more = {"endCursor": str(first + len(page)), "hasNextPage": first + len(page) < len(names)}
-        about = dict.fromkeys(("sweepName", "group", "jobType", "commit", "description", "notes", "historyKeys"))
-        about |= dict.fromkeys(("config", "summaryMetrics", "systemMetrics"), "{}")
-        about |= {"id": "1", "projectId": "1", "name": path.rsplit("/", 1)[1], "displayName": "a run", "tags": []}
-        about |= {
-            "state": run.state,
-            "readOnly": False,
-            "historyLineCount": 0,
-            "user": {"name": "me", "username": "me"},
-        }
-        about |= dict.fromkeys(("createdAt", "heartbeatAt"), "2026-01-01T00:00:00")
-        return about | {"fileCount": len(names), "files": {"edges": edges, "pageInfo": more}}
+        first, names, edges = int(given.get("fileCursor") or 0), list(run.files), []
+        for i, name in enumerate(names[first : first + PAGE], first + 1):
+            md5 = base64.b64encode(hashlib.md5(run.files[name]).digest()).decode()
+            node = {"name": name, "url": f"http://127.0.0.1:{self.port}/files/{path}/{name}", "md5": md5}
+            node |= {"sizeBytes": str(len(run.files[name]))} | run.says.get(name, {})
+            edges.append({"cursor": str(i), "node": node})
+        more = {"hasNextPage": first + PAGE < len(names)}
+        about = dict.fromkeys(("config", "summaryMetrics", "systemMetrics"), "{}") | {"projectId": "1"}
+        about |= {"id": "1", "name": path.rsplit("/", 1)[1], "state": run.state, "fileCount": len(names)}
+        return about | {"files": {"edges": edges, "pageInfo": more}}

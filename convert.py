@@ -12,17 +12,15 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
 
-import tokenizers
 import torch
 import yaml
 
 from prepare_data import UserError, tokenizer_config, validated, whole_file, write_text
-from run_info import LISTING, PretrainRunInfo, curve, read_json, wandb_run
+from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
 # one spelling of all models' parameters
@@ -46,11 +44,11 @@ QUERIES_KEYS = r"\.attn\.[qk]_proj\."
 MERGED = {".c_attn.": (".q_proj.", ".k_proj.", ".v_proj."), ".kv_attn.": (".k_proj.", ".v_proj.")}
 
 
-def canonical(model, head_size: int, pairs: str) -> dict[str, torch.Tensor]:
+def canonical(model, head_size: int, adjacent: bool) -> dict:
     """{name in LlamaSimple's spelling: view of the values} of every parameter of a model, ours or Hugging Face's.
 
-    Weights are (out, in). `pairs` says which dimensions of a head RoPE turns together: "adjacent" (2i, 2i + 1),
-    "halves" (i, i + head_size / 2), or "none" in a model without RoPE.
+    Weights are (out, in). RoPE turns two dimensions of a head together: 2i and 2i + 1 if `adjacent`, or else i and
+    i + head_size / 2, as everywhere at Hugging Face's.
     """
     views = {}
     for name, x in model.named_parameters():  # a tied weight once
@@ -66,28 +64,24 @@ def canonical(model, head_size: int, pairs: str) -> dict[str, torch.Tensor]:
             views[name.replace(merged, part)] = view
     for name, x in views.items():
         # The rows of q and k by head, pair and place within the pair: (nh, hs / 2, 2, ...).
-        if pairs == "adjacent" and re.search(QUERIES_KEYS, name):
-            views[name] = x.unflatten(0, (-1, head_size // 2, 2))
-        elif pairs == "halves" and re.search(QUERIES_KEYS, name):
-            views[name] = x.unflatten(0, (-1, 2, head_size // 2)).transpose(1, 2)
+        if re.search(QUERIES_KEYS, name):
+            pairs = x.unflatten(0, (-1, head_size // 2, 2) if adjacent else (-1, 2, head_size // 2))
+            views[name] = pairs if adjacent else pairs.transpose(1, 2)
     return views
 
 
 def copy_parameters(ours, hf, to_hf: bool) -> None:
     """Copy every parameter of our model to Hugging Face's, or back. Raises UserError if one has no partner."""
-    c, names = ours.config, f"{type(ours).__name__} and {type(hf).__name__}"
-    rotary = not hasattr(ours, "wpe")
-    adjacent = rotary and c.rotary_adjacent_pairs
-    theirs = "halves" if rotary else "none"
-    here = canonical(ours, c.n_embd // c.n_head, "adjacent" if adjacent else theirs)
-    there = canonical(hf, c.n_embd // c.n_head, theirs)
-    if alone := here.keys() ^ there.keys():
-        raise UserError(f"{names} differ in parameters, which only one of them has: {', '.join(sorted(alone)[:8])}")
+    head_size = ours.config.n_embd // ours.config.n_head
+    here = canonical(ours, head_size, getattr(ours.config, "rotary_adjacent_pairs", False))
+    there = canonical(hf, head_size, False)
+    alone = {(name, x.shape) for name, x in here.items()} ^ {(name, x.shape) for name, x in there.items()}
+    if alone:
+        names = f"{type(ours).__name__} and {type(hf).__name__}"
+        raise UserError(f"{names} differ in parameters: {[name for name, _ in sorted(alone)[:8]]}")
     with torch.no_grad():
         for name, x in here.items():
             source, target = (x, there[name]) if to_hf else (there[name], x)
-            if source.shape != target.shape:
-                raise UserError(f"{names} differ in the shape of {name}")
             target.copy_(source)
 
 
@@ -118,7 +112,7 @@ def import_transformers():
     return transformers
 
 
-def hf_fields(c, name: str) -> dict[str, Any]:
+def hf_fields(c, name: str) -> dict:
     """Hugging Face's config for our model class `name` with the config `c`. Raises UserError if it has none."""
     if name not in HF_TYPES:
         raise UserError(f"Hugging Face's class for {name} is not known: add it to HF_TYPES in convert.py")
@@ -126,7 +120,7 @@ def hf_fields(c, name: str) -> dict[str, Any]:
     fields |= {"model_type": HF_TYPES[name], "tie_word_embeddings": True}
     if HF_TYPES[name] == "gpt2":
         fields |= {"n_inner": 4 * c.n_embd, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        fields |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}
+        fields |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
         return fields
     if not c.use_grouped_query_attention:  # a merged c_attn, which has as many key/value heads as query heads
         fields["num_key_value_heads"] = c.n_head
@@ -144,18 +138,14 @@ def from_hugging_face(cls, name: str):
     try:
         transformers = import_transformers()
         given = transformers.AutoConfig.from_pretrained(name)
-        c = our_config(cls, given, name)
-        hf, report = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
-    except UserError:
-        raise
-    except Exception as e:  # a hub, a network and a damaged file fail in many ways
-        reason = " ".join(str(e).split())[:500]
-        raise UserError(f"{name} is no run, nor can Hugging Face load it: {type(e).__name__}: {reason}") from e
-    # transformers draws at random what a file lacks, and leaves out what it does not know
-    wrong = [f"{what} {key}" for what in ("missing", "unexpected") for key in sorted(report[f"{what}_keys"])]
+    except (ImportError, OSError, ValueError) as e:  # OSError: no such model, no network; ValueError: not known
+        raise UserError(f"{name} is no run, nor can Hugging Face load it: {in_short(e)}") from e
+    model = cls(our_config(cls, given, name))
+    hf, report = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
+    # transformers draws at random what a file lacks, and leaves out what it does not know.
+    wrong = {*report["missing_keys"], *report["unexpected_keys"]}
     if wrong:
-        raise UserError(f"the weights of {name} are not a {given.model_type}'s: {', '.join(wrong[:8])}")
-    model = cls(c)
+        raise UserError(f"{name} is no whole {given.model_type}: missing or unexpected are {sorted(wrong)[:8]}")
     copy_parameters(model, hf, to_hf=False)
     return model.eval()
 
@@ -175,7 +165,7 @@ def our_config(cls, given, name: str):
         fields["rotary_base"] = given.rope_parameters["rope_theta"]
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
-    wanted = hf_fields(c, cls.__name__) | {"sliding_window": None, "quantization_config": None}
+    wanted = hf_fields(c, cls.__name__) | {"sliding_window": None}
     for field, value in wanted.items():
         if getattr(given, field, value) != value:
             raise UserError(f"{name} has {field} {getattr(given, field)}; a {cls.__name__} can only have {value}")
@@ -183,29 +173,30 @@ def our_config(cls, given, name: str):
 
 
 def hf_model(info: PretrainRunInfo):
-    """(Hugging Face's model with the weights of the run, what else belongs in its config.json). Raises UserError."""
+    """Hugging Face's model with the weights of the run. Raises UserError."""
     transformers = import_transformers()
     model = info.load_model()
     c, name = model.config, type(model).__name__
     fields = hf_fields(c, name)
-    if fields["model_type"] == "gpt2":
-        fields |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)  # our models have no dropout
-        more = {"n_ctx": c.block_size}  # llama.cpp's converter reads it
-    else:
-        more = {"rope_theta": c.rotary_base}  # transformers 4 reads it, and takes 10000 where it is missing
     # no pad_token_id: Llama's embedding would not train the row of that token, and pad is EOS
     fields |= {"bos_token_id": info.eos_token_id, "eos_token_id": info.eos_token_id}
-    hf = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**fields)).eval()
+    config = transformers.AutoConfig.for_model(**fields)
+    # For other readers: llama.cpp's converter, and transformers 4, which takes 10000 where rope_theta is missing.
+    config.n_ctx = c.block_size
+    if config.model_type == "gpt2":
+        config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0  # our models have no dropout
+    else:
+        config.rope_theta = c.rotary_base
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     copy_parameters(model, hf, to_hf=True)
 
     # A fork of a model may compute something else with the same parameters.
-    idx = torch.randint(c.vocab_size, (1, min(c.block_size, 64)), generator=torch.Generator().manual_seed(0))
+    idx = torch.arange(min(c.block_size, c.vocab_size, 64))[None]  # (1, T)
     with torch.no_grad():
         here, there = model(idx)[0], hf(idx).logits  # (1, T, V)
-    difference = ((here - there).abs().max() / here.abs().max()).item()
-    if not difference < 1e-3:
-        raise UserError(f"{type(hf).__name__} does not compute what {name} does: logits differ by {difference:.1%}")
-    return hf, more
+    if not (here - there).abs().max() < 1e-3 * here.abs().max():
+        raise UserError(f"{type(hf).__name__} does not compute what {name} does: the logits differ")
+    return hf
 
 
 def export_hf(info: PretrainRunInfo, folder: Path) -> None:
@@ -214,36 +205,33 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
     Raises UserError if Hugging Face cannot express the model, or if there is something in `folder`.
     """
     folder = folder.expanduser().absolute()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or any(folder.glob("*")):
         raise UserError(f"{folder} exists already: name a new folder, or an empty one")
-    hf, more = hf_model(info)
+    hf = hf_model(info)
     # Not the run's file itself: its tokenizer may add, pad or cut.
-    spec = json.loads(info.tokenizer_json) | {"truncation": None, "padding": None, "post_processor": None}
-    eos = tokenizers.Tokenizer.from_str(json.dumps(spec)).id_to_token(info.eos_token_id)
+    spec = json.loads(info.encoder.json) | {"truncation": None, "padding": None, "post_processor": None}
+    eos = info.encoder.eos_token
     settings = json.loads(tokenizer_config(eos, for_transformers=True))
     settings |= {"bos_token": eos, "model_max_length": hf.config.max_position_embeddings}
-    # The folder gets its name when all is in it.
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # The folder gets its place when all is in it.
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
+        part = Path(temporary, folder.name)
         hf.save_pretrained(part)
         # safetensors makes files that only their owner can read, also on a shared disk.
         for path in part.glob("*.safetensors"):
             path.chmod((part / "config.json").stat().st_mode)
-        config = json.loads((part / "config.json").read_text()) | more
-        write_text(part / "config.json", json.dumps(config, indent=2) + "\n")
         write_text(part / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
         write_text(part / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
         check_tokenizer(part, spec, info.load_tokenizer())
         os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_tokenizer(folder: Path, spec: dict, tok) -> None:
     """Raise UserError if transformers reads one of the special tokens in a text as training did not."""
-    hf = import_transformers().AutoTokenizer.from_pretrained(folder)
+    from transformers import AutoTokenizer
+
+    hf = AutoTokenizer.from_pretrained(folder)
     for token in spec["added_tokens"]:
         text = token["content"]
         if hf(text).input_ids != tok.encode(text).ids:
@@ -253,19 +241,21 @@ def check_tokenizer(folder: Path, spec: dict, tok) -> None:
 # -----------------------------------------------------------------------------
 # param-decomp: an entry of its pretrain_cache/
 
-
-def checked_loss(info: PretrainRunInfo, model, step: int) -> dict | None:
-    """check.json for the weights of this step: the run's window of ids with this model's loss on it, if it has one."""
-    check = read_json(info.folder / "check.json", {})
-    if not check:
-        return None
-    ids = torch.tensor([check["ids"]])  # (1, n_ctx + 1)
-    with torch.no_grad():
-        loss = model(ids[:, :-1], ids[:, 1:])[1].item()
-    # Validation of another step than the last may have been recorded.
-    val_losses = dict(curve(info.metrics, "val_loss"))
-    val_loss = check["val_loss"] if step == check["step"] else val_losses.get(step)
-    return {"step": step, "val_loss": val_loss, "ids": check["ids"], "loss": loss}
+# What its only loader, of a class that is called LlamaSimpleMLP too, takes for granted.
+PARAM_DECOMP_FIELDS = {
+    "model_type": "LlamaSimpleMLP",
+    "use_grouped_query_attention": True,
+    "rotary_adjacent_pairs": False,
+    "attn_bias": False,
+    "mlp_bias": False,
+}
+PARAM_DECOMP_TARGET = """\
+target:
+  spec:
+    kind: pretrained
+    model_class: param_decomp_lab.experiments.lm.pretrain.models.llama_simple_mlp.LlamaSimpleMLP
+"""
+PARAM_DECOMP_WEIGHTS = r"(wte|ln_f|h\.\d+\.(rms_[12]|attn\.[qkvo]_proj|mlp\.(c_fc|down_proj)))\.weight"
 
 
 def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None) -> str:
@@ -277,43 +267,38 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
 
     model = info.load_model()
     c = model.config
-    if type(model).__name__ != "LlamaSimpleMLP":
-        raise UserError(f"param-decomp's loader takes a LlamaSimpleMLP only, and this is a {type(model).__name__}")
-    wanted = {"use_grouped_query_attention": True, "rotary_adjacent_pairs": False, "attn_bias": False}
-    for field, value in (wanted | {"mlp_bias": False}).items():
+    for field, value in PARAM_DECOMP_FIELDS.items():
         if getattr(c, field) != value:
-            raise UserError(f"param-decomp's LlamaSimpleMLP can only have {field}: {str(value).lower()}")
+            raise UserError(f"param-decomp takes a model with {field} {value} only; here it is {getattr(c, field)}")
     # Their file holds the tied weight once, as the embedding.
     weights = {key: x.float().contiguous() for key, x in model.state_dict().items() if key != "lm_head.weight"}
+    if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
+        raise UserError(f"param-decomp's LlamaSimpleMLP has no {', '.join(unknown[:4])}")
     data = save(weights)
     # The name is that of the run on W&B (of its copy, or of the one that logged there), or else made from the weights.
     id_file = info.folder / "wandb_run_id"
     run_id = id_file.read_text().strip() if id_file.exists() else f"t-{hashlib.sha256(data).hexdigest()[:8]}"
     own = f"local/{info.config_dict.get('wandb_project') or 'pretrain'}/{run_id}"
-    run_path = f"local/{name}" if name else read_json(info.folder / LISTING, {}).get("run", own)
+    run_path = f"local/{name}" if name else read_json(info.folder / LISTING, {"run": own})["run"]
     found = wandb_run(run_path)
     if not found:
         raise UserError(f"{run_path} is no name: use --as PROJECT/RUN_ID, where RUN_ID is 8 of a-z, 0-9 or t-0123abcd")
-    steps = {path: step for step, path in info.checkpoints.items()}
-    if info.checkpoint_path not in steps:
-        raise UserError(f"{info.checkpoint_path} is not one of its run's checkpoints, model_step_N.pt")
-    step = steps[info.checkpoint_path]
-    check = checked_loss(info, model, step)
+    step = int(info.checkpoint_path.stem.removeprefix("model_step_"))
+    check = read_json(info.folder / "check.json", {})
 
     # Their loader takes the entry if it has a model_config.yaml and exactly one safetensors: the weights come last.
     folder = data_root.expanduser().absolute() / "pretrain_cache" / f"{found[1]}-{found[2]}"
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in (*folder.glob("model_step_*.safetensors"), folder / "check.json"):
-        stale.unlink(missing_ok=True)
-    shape = info.model_config_dict | {"model_type": "LlamaSimpleMLP", "rotary_dim": c.n_embd // c.n_head}
+    for stale in (*folder.glob("model_step_*.safetensors"), *folder.glob("check.json")):
+        stale.unlink()
+    shape = info.model_config_dict | {"model_type": c.model_type, "rotary_dim": c.n_embd // c.n_head}
     write_text(folder / "model_config.yaml", yaml.safe_dump(shape, sort_keys=False))
-    if check:
+    # Its readers can compare, too, if it is of these weights, as load_model has done.
+    if check.get("step") == step:
         write_text(folder / "check.json", json.dumps(check) + "\n")
     with whole_file(folder / f"model_step_{step}.safetensors") as f:
         f.write(data)
-    model_class = "param_decomp_lab.experiments.lm.pretrain.models.llama_simple_mlp.LlamaSimpleMLP"
-    spec = {"kind": "pretrained", "model_class": model_class, "run_path": run_path}
-    return f"wrote {folder}\n" + yaml.safe_dump({"target": {"spec": spec}}, sort_keys=False)
+    return f"wrote {folder}\n{PARAM_DECOMP_TARGET}    run_path: {run_path}\n"
 
 
 # -----------------------------------------------------------------------------
@@ -335,7 +320,7 @@ def main() -> None:
         info = PretrainRunInfo.from_path(args.run, args.step)
         if args.hf:
             export_hf(info, args.hf)
-            print(f"wrote {args.hf}: AutoModelForCausalLM.from_pretrained({str(args.hf)!r}) loads it")
+            print(f"wrote {args.hf}")
         else:
             print(export_param_decomp(info, args.param_decomp, args.name), end="")
     except ImportError as e:

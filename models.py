@@ -20,7 +20,7 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 # -----------------------------------------------------------------------------
-# Configs: SPD's fields, in SPD's order, with SPD's defaults.
+# Configs: SPD's fields, with SPD's defaults.
 
 
 @dataclass
@@ -36,7 +36,15 @@ class GPT2Config:
     flash_attention: bool = True  # F.scaled_dot_product_attention; false: an explicit softmax, which can be hooked
 
     def __post_init__(self):
-        check_shape(self)
+        expected = type(self).model_type  # a dataclass keeps its defaults as class attributes
+        if self.model_type != expected:
+            raise ValueError(f"model_type is {self.model_type!r}, but these are the fields of a {expected}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (type(value) is not int or not 1 <= value <= 2**31):
+                raise ValueError(f"{field.name} must be a whole number from 1 to {2**31}, not {value!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
 
 
 @dataclass
@@ -47,15 +55,10 @@ class GPT2SimpleConfig(GPT2Config):
 
 
 @dataclass
-class LlamaConfig:
-    """Shape of a Llama. Raises ValueError for a shape that cannot be built."""
+class LlamaConfig(GPT2Config):
+    """Shape of a Llama: GPT2's fields and more. Raises ValueError for a shape that cannot be built."""
 
     model_type: Literal["Llama"] = "Llama"
-    block_size: int = 1024  # longest sequence, in tokens
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
     n_intermediate: int = 2048  # SwiGLU has a third matrix, so 2/3 of 4 * n_embd costs as much as GPT-2's MLP
     mlp_bias: bool = False
     attn_bias: bool = False
@@ -65,11 +68,10 @@ class LlamaConfig:
     n_ctx: int = 1024  # positions in the RoPE tables; must equal block_size
     n_key_value_heads: int = 3
     use_grouped_query_attention: bool = True  # false: one merged c_attn, and as many key/value heads as query heads
-    flash_attention: bool = True  # F.scaled_dot_product_attention; false: an explicit softmax, which can be hooked
     rms_norm_eps: float = 1e-6
 
     def __post_init__(self):
-        check_shape(self)
+        super().__post_init__()
         head_size = self.n_embd // self.n_head
         if head_size % 2:
             raise ValueError(f"n_embd / n_head ({head_size}) must be even: RoPE rotates pairs of dimensions")
@@ -101,34 +103,28 @@ class LlamaSimpleMLPConfig(LlamaConfig):
     n_intermediate: int = 3072
 
 
-def check_shape(config) -> None:
-    """Raise ValueError, naming the fields, if no model can have the shape `config`."""
-    expected = type(config).model_type  # a dataclass keeps its defaults as class attributes
-    if config.model_type != expected:
-        raise ValueError(f"model_type is {config.model_type!r}, but these are the fields of a {expected}")
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and (type(value) is not int or not 1 <= value <= 2**31):
-            raise ValueError(f"{field.name} must be a whole number from 1 to {2**31}, not {value!r}")
-    if config.n_embd % config.n_head:
-        raise ValueError(f"n_embd ({config.n_embd}) must be divisible by n_head ({config.n_head})")
-
-
 # -----------------------------------------------------------------------------
 # Attention, with the names of each model's projections. B: batch, T: tokens, C: n_embd, nh: heads, hs: head size.
+
+
+# Which of q, k, v share one nn.Linear -> the names of the projections, and how many of the three each computes.
+PROJECTIONS = {
+    "qkv": {"c_attn": 3},
+    "kv": {"q_attn": 1, "kv_attn": 2},
+    "": {"q_proj": 1, "k_proj": 1, "v_proj": 1},
+}
 
 
 class CausalSelfAttention(nn.Module):
     """Causal self-attention without positions.
 
-    `merged` says which of q, k, v share one nn.Linear: "qkv" (c_attn), "kv" (q_attn, kv_attn) or "" (q_proj, k_proj,
-    v_proj). `out` is the name of the output projection. The class and these arguments decide what is built: `config`
-    may be any object with the fields of a config.
+    `merged` is a key of PROJECTIONS, `out` the name of the output projection. The class and these arguments decide what
+    is built: `config` may be any object with the fields of a config.
     """
 
     def __init__(self, config, merged: str, out: str, bias: bool, n_key_value_heads: int):
         super().__init__()
-        self.merged = merged
+        self.projections = PROJECTIONS[merged]
         self.out = out
         self.flash_attention = config.flash_attention
         # SPD's scripts read these six names to compute attention patterns of their own.
@@ -140,16 +136,9 @@ class CausalSelfAttention(nn.Module):
         self.head_dim = config.n_embd // config.n_head
 
         C = config.n_embd
-        kv_size = n_key_value_heads * self.head_dim
-        if merged == "qkv":
-            self.c_attn = nn.Linear(C, 3 * C, bias=bias)
-        elif merged == "kv":
-            self.q_attn = nn.Linear(C, C, bias=bias)
-            self.kv_attn = nn.Linear(C, 2 * kv_size, bias=bias)
-        else:
-            self.q_proj = nn.Linear(C, C, bias=bias)
-            self.k_proj = nn.Linear(C, kv_size, bias=bias)
-            self.v_proj = nn.Linear(C, kv_size, bias=bias)
+        for name, n in self.projections.items():
+            heads = self.n_head if name.startswith("q") else n * n_key_value_heads
+            self.add_module(name, nn.Linear(C, heads * self.head_dim, bias=bias))
         self.add_module(out, nn.Linear(C, C, bias=bias))
         getattr(self, out).writes_residual = True
         # A module, so that a forward hook sees the attention pattern and may replace it.
@@ -163,11 +152,10 @@ class CausalSelfAttention(nn.Module):
 
     def qkv(self, x):
         """x (B, T, C) -> q (B, T, nh * hs), k and v (B, T, n_key_value_heads * hs)."""
-        if self.merged == "qkv":
-            return self.c_attn(x).chunk(3, dim=-1)
-        if self.merged == "kv":
-            return self.q_attn(x), *self.kv_attn(x).chunk(2, dim=-1)
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        parts = []
+        for name, n in self.projections.items():
+            parts += getattr(self, name)(x).chunk(n, dim=-1)
+        return parts
 
     def add_positions(self, q, k):
         """q, k (B, heads, T, hs) -> the same with the positions in them. RotaryAttention's own."""
@@ -195,18 +183,17 @@ class RotaryAttention(CausalSelfAttention):
     def __init__(self, config, merged: str, out: str):
         n_key_value_heads = config.n_head if merged == "qkv" else config.n_key_value_heads
         super().__init__(config, merged, out, config.attn_bias, n_key_value_heads)
-        self.n_ctx = config.n_ctx
         self.rotary_base = config.rotary_base
         self.rotary_adjacent_pairs = config.rotary_adjacent_pairs
         self.compute_tables()
 
     def compute_tables(self) -> None:
-        """Set rotary_cos and rotary_sin (n_ctx, hs), float32, of the angles t / base^(2i / hs), the same for a pair."""
+        """Set rotary_cos and rotary_sin (block_size, hs), float32: of t / base^(2i / hs), the same for a pair."""
         hs = self.head_dim
         # Computed on the CPU, whatever the default device is, so that every device has the same numbers.
         freq = self.rotary_base ** (torch.arange(hs // 2, dtype=torch.float32, device="cpu") / (hs / 2))
         freq = freq.repeat_interleave(2) if self.rotary_adjacent_pairs else freq.repeat(2)
-        angles = torch.arange(self.n_ctx, dtype=torch.float32, device="cpu")[:, None] / freq
+        angles = torch.arange(self.block_size, dtype=torch.float32, device="cpu")[:, None] / freq
         device = next(self.parameters()).device
         self.rotary_cos = angles.cos().to(device)
         self.rotary_sin = angles.sin().to(device)
@@ -231,10 +218,8 @@ class RotaryAttention(CausalSelfAttention):
         rotated = []
         for x in (q, k):
             x1, x2 = self.pairs(x)
-            y1 = x1 * cos - x2 * sin
-            y2 = x2 * cos + x1 * sin
-            adjacent = self.rotary_adjacent_pairs
-            rotated.append(torch.stack((y1, y2), -1).flatten(-2) if adjacent else torch.cat((y1, y2), -1))
+            y = x1 * cos - x2 * sin, x2 * cos + x1 * sin
+            rotated.append(torch.stack(y, -1).flatten(-2) if self.rotary_adjacent_pairs else torch.cat(y, -1))
         return rotated
 
     def add_positions(self, q, k):
@@ -329,7 +314,7 @@ def summed_loss(logits, targets):
 class LossInPieces(torch.autograd.Function):
     """summed_loss(hidden @ weight.T, targets) without all logits at once; hidden (N, C), weight (V, C), targets (N,).
 
-    A piece of rows leaves its share of the gradients while its logits are there, so that nothing is computed twice and
+    The gradients of a piece of rows are computed while its logits exist, so that nothing is computed twice and
     the logits of all positions, usually the largest tensor of a step, never exist. It can be differentiated once.
     """
 
@@ -340,7 +325,7 @@ class LossInPieces(torch.autograd.Function):
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         rows = -(-N // 4)
-        if not torch.compiler.is_compiling():  # which generates code for every piece
+        if not torch.compiler.is_compiling():  # the compiler unrolls this loop: few pieces
             rows = min(rows, max(128, 2 ** (21 if device == "cpu" else 27) // V))  # a CPU's cache holds one piece
         w = weight.to(dtype)
         if device == "cuda":
@@ -367,7 +352,7 @@ class LossInPieces(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # With create_graph=True the gradients below would pass for constants (once_differentiable does not see it).
+        # With create_graph=True the gradients below would be treated as constants, which once_differentiable misses.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError("the loss in pieces can be differentiated once: use return_logits=True")
         grad_hidden, grad_weight = ctx.saved_tensors
@@ -393,6 +378,10 @@ class LanguageModel(nn.Module):
         if not self.lm_head.weight.is_meta:
             self.draw_weights(torch.Generator().manual_seed(init_seed))
 
+    def blocks(self, block: type, *args) -> nn.ModuleList:
+        """n_layer blocks of a class; `args` follow the config in its arguments."""
+        return nn.ModuleList(block(self.config, *args) for _ in range(self.config.n_layer))
+
     def draw_weights(self, rng: torch.Generator) -> None:
         """N(0, 0.02), less for a projection that writes to the residual stream; biases 0."""
         for module in self.modules():
@@ -407,7 +396,7 @@ class LanguageModel(nn.Module):
     def __setattr__(self, name, value):
         # nn.Module would register the value under the alias as a second, unused child.
         if isinstance(getattr(type(self), name, None), property):
-            raise AttributeError(f"{type(self).__name__}.{name} is an alias of a registered module: assign to that")
+            raise AttributeError(f"{name} is an alias of a registered module: assign to that")
         super().__setattr__(name, value)
 
     def is_tied(self) -> bool:
@@ -457,7 +446,7 @@ class LanguageModel(nn.Module):
             return self.lm_head(x), None
         targets = targets.reshape(-1).long()  # (B * T,)
         n_targets = (targets != -1).sum()
-        # The pieces are made of lm_head's weight alone, so another module in its place gets all rows at once.
+        # The pieces use only lm_head's weight, so a replaced lm_head gets all rows at once.
         if not return_logits and type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
             args = x.flatten(0, -2), self.lm_head.weight, targets, torch.is_grad_enabled()
             return None, LossInPieces.apply(*args) / n_targets
@@ -482,7 +471,7 @@ class LanguageModel(nn.Module):
         if not temperature >= 0 or (top_k is not None and top_k < 1):
             raise ValueError(f"temperature ({temperature}) must be at least 0 and top_k ({top_k}) at least 1")
         one_dim = idx.dim() == 1
-        idx = idx[None] if one_dim else idx
+        idx = torch.atleast_2d(idx)
         if idx.numel() == 0:
             raise ValueError("an empty prompt: begin with a token, such as the tokenizer's EOS")
         self.check_ids(idx)
@@ -494,11 +483,10 @@ class LanguageModel(nn.Module):
             if top_k is not None:
                 kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
                 logits = logits.masked_fill(logits < kth, float("-inf"))
-            if temperature == 0:
+            if temperature < 1e-6:  # 0, or so little that float32 could not hold the quotient
                 new = logits.argmax(-1, keepdim=True)  # (B, 1)
             else:
-                scaled = logits / max(temperature, 1e-6)  # below that float32 could not hold the quotient
-                new = torch.multinomial(F.softmax(scaled, dim=-1), 1)
+                new = torch.multinomial(F.softmax(logits / temperature, dim=-1), 1)
             if eos_token_id is not None:
                 new = new.masked_fill(done, eos_token_id)
                 done |= new == eos_token_id
@@ -508,7 +496,7 @@ class LanguageModel(nn.Module):
         return idx[0] if one_dim else idx
 
     def flops_per_token(self) -> int:
-        """Of a training step: 6 for each weight of a matrix product, and attention as if it saw the future."""
+        """Of a training step: 6 for each weight of a matrix product, and attention counted without the causal mask."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
@@ -547,7 +535,7 @@ class LanguageModel(nn.Module):
 
 
 def load_file(path):
-    """What torch.save or safetensors (by the suffix) wrote to `path`, on the CPU. A damaged file raises some error."""
+    """What torch.save or safetensors (by the suffix) wrote to `path`, on the CPU. Raises if it is damaged."""
     if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file as load_safetensors
 
@@ -573,7 +561,7 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
         loss = model(ids[:, :-1], ids[:, 1:], return_logits=False)[1].item()
     if not math.isclose(loss, check["loss"], rel_tol=1e-3):
         raise ValueError(
-            f"the model loaded from {checkpoint} is not the one that was trained: its loss on the ids in {file} is "
+            f"the model loaded from {checkpoint} is not the one that was trained: its loss on the ids in check.json is "
             f"{loss:.4f}, and was {check['loss']:.4f}"
         )
 
@@ -614,7 +602,7 @@ class GPT2(LanguageModel):
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h_torch = nn.ModuleList(GPT2Block(config, "qkv", "c_proj", "c_proj") for _ in range(config.n_layer))
+        self.h_torch = self.blocks(GPT2Block, "qkv", "c_proj", "c_proj")
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     def embed(self, idx):
@@ -629,7 +617,7 @@ class GPT2Simple(LanguageModel):
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(GPT2Block(config, "", "o_proj", "down_proj") for _ in range(config.n_layer))
+        self.h = self.blocks(GPT2Block, "", "o_proj", "down_proj")
         self.ln_f = nn.LayerNorm(config.n_embd)
 
     embed = GPT2.embed
@@ -647,7 +635,7 @@ class Llama(LanguageModel):
         # SPD keeps everything but lm_head in a ModuleDict, whose name is part of every parameter's name.
         self.transformer = nn.ModuleDict()
         self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer["h"] = nn.ModuleList(LlamaBlock(config, "kv", "c_proj", False) for _ in range(config.n_layer))
+        self.transformer["h"] = self.blocks(LlamaBlock, "kv", "c_proj", False)
         self.transformer["rms_f"] = RMSNorm(config.n_embd, config.rms_norm_eps)
 
 
@@ -659,7 +647,7 @@ class LlamaSimple(LanguageModel):
 
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = nn.ModuleList(LlamaBlock(config, "", "o_proj", self.gelu_mlp) for _ in range(config.n_layer))
+        self.h = self.blocks(LlamaBlock, "", "o_proj", self.gelu_mlp)
         self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)
 
 

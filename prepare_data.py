@@ -9,10 +9,10 @@ on the source and the config alone. An interrupted preparation is resumed by the
 """
 
 import argparse
+import bisect
 import bz2
 import codecs
 import contextlib
-import copy
 import dataclasses
 import difflib
 import errno
@@ -26,13 +26,11 @@ import lzma
 import multiprocessing
 import os
 import re
-import reprlib
 import signal
 import sys
 import sysconfig
 import threading
 import typing
-import zlib
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -52,105 +50,91 @@ class UserError(Exception):
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """YAML as a config needs it: no duplicate keys, few aliases, and numbers that are still known as they were typed.
-
-    A number becomes a number only if it is spelled as YAML's own writer spells it. Any other spelling (007, 1_000,
-    1.10, 12:30, a date) stays text, and the type of the key decides: `name: 007` is the name 007.
-    """
-
-    MAX_ALIASES = 20  # a few aliases are convenient; many of them, nested, expand to more than any memory holds
-    aliases = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            self.aliases += 1
-            if self.aliases > self.MAX_ALIASES:
-                raise yaml.YAMLError(f"it has more than {self.MAX_ALIASES} aliases")
-        return super().compose_node(parent, index)
+    """YAML as a config needs it: no duplicate keys, dates as text, and 1e5 and 3e-4 as numbers."""
 
     def construct_mapping(self, node, deep=False):
-        # YAML's own loader takes the last of two equal keys without a word.
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"it has the key {shown(key)} twice in one section")
+        # YAML's own loader silently takes the last of two equal keys.
+        keys = [key.value for key, _ in node.value]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if twice:
+            raise yaml.YAMLError(f"it has the key {twice[0]} twice in one section")
         return super().construct_mapping(node, deep)
 
-    def construct_number(self, node):
-        # No key takes a number of so many digits, and Python refuses to print one of more than 4,300.
-        if len(node.value) > 40:
-            return node.value
-        construct = self.construct_yaml_int if node.tag.endswith("int") else self.construct_yaml_float
-        number = construct(node)
-        return number if yaml.safe_dump(number).split("\n")[0] == node.value else node.value
 
-
-ConfigLoader.add_constructor("tag:yaml.org,2002:int", ConfigLoader.construct_number)
-ConfigLoader.add_constructor("tag:yaml.org,2002:float", ConfigLoader.construct_number)
+# `run_dir: 2026-01-01` names a folder.
 ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", ConfigLoader.construct_yaml_str)
+# YAML 1.1 wants a point and a sign: for it, 3e-4 is text.
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
 
 
 def load_yaml(text: str, what: str):
     """The value of a YAML text. UserError, which begins with `what`, if it is not YAML."""
-    try:
+    with blame(f"{what} is not YAML that can be read"):
+        # A few aliases are convenient; many of them, nested, expand to more than any memory holds.
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
+            raise ValueError("it has more than 20 aliases")
         return yaml.load(text, ConfigLoader)
-    # YAML raises errors of its own, ValueError for broken numbers and TypeError for keys that cannot be hashed.
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{what} is not YAML that can be read: {reason[:300]}") from e
 
 
 def read_config(path, overrides=()) -> dict:
     """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
-    try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"cannot read the config {path}: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"the config {path} is not YAML: {e}") from e
+    with blame(f"cannot read the config {path}"):
+        text = local(path).read_text(encoding="utf-8")
     config = load_yaml(text, f"the config {path}")
     if not isinstance(config, dict):
-        raise UserError(f"the config {path} must hold a mapping of keys to values, not {type(config).__name__}")
+        raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
-        # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
-        name, equals, value = override.partition("=")
-        if not equals or not name or name.startswith("-"):
+        key, equals, value = override.partition("=")
+        if not equals:
             raise UserError(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4")
-        # A section that is not there is made, so that a misspelled one is found when the config is checked.
-        *sections, last = name.split(".")
-        section = config
-        for part in sections:
-            section = section.setdefault(part, {})
-            if not isinstance(section, dict):
-                raise UserError(f"{shown(override)}: {part} is a value, not a section with keys of its own")
-        section[last] = load_yaml(value, f"the value of {shown(override)}")
+        # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
+        config = replaced(config, key.split("."), load_yaml(value, f"the value of {shown(override)}"))
     return two_sections(config) if "data" in config else config
 
 
-class ShortRepr(reprlib.Repr):
-    """repr() for messages: cut while it is made, so that no value is too large for it."""
+def replaced(section, keys: list[str], value):
+    """`section` with `value` at the path `keys`; sections that are not there are made, and found wrong later."""
+    if not keys:
+        return value
+    section = section if isinstance(section, dict) else {}
+    return section | {keys[0]: replaced(section.get(keys[0]), keys[1:], value)}
 
-    def repr_int(self, x, level):
-        return super().repr_int(x, level) if x.bit_length() < 256 else f"an integer of {x.bit_length()} bits"
 
-
-SHORT = ShortRepr()
-# Two levels show what a section or a list is without printing all that is in it.
-SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
-SHORT.maxlevel = 2
+def local(name) -> Path:
+    """A path as the user wrote it, with ~ expanded."""
+    return Path(os.path.expanduser(name))
 
 
 def shown(value) -> str:
     """A value for a message, in about 60 characters."""
-    text = SHORT.repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4,300 digits
+        text = "a number of too many digits"
     return text if len(text) <= 64 else f"{text[:60]}..."
 
 
-def flat(d: dict, prefix: str = "") -> dict:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
+@contextlib.contextmanager
+def blame(what: str):
+    """Turn an error of a library, which may raise errors of any kind, into a UserError that begins with `what`."""
+    try:
+        yield
+    except (UserError, ImportError):
+        raise
+    except Exception as e:
+        raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:400]})") from e
+
+
+def flat(value, key: str = "") -> dict:
+    """{"a": {"b": [1, 2]}} -> {"a.b.0": 1, "a.b.1": 2}, and "key." before each of them."""
+    if isinstance(value, (list, tuple)):
+        value = dict(enumerate(value))
+    if not isinstance(value, dict):
+        return {key: value}
     out = {}
-    for k, v in d.items():
-        out |= flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {f"{prefix}{k}": v}
+    for name, inner in value.items():
+        out |= flat(inner, f"{key}.{name}" if key else f"{name}")
     return out
 
 
@@ -170,23 +154,7 @@ def differences(there: dict, here: dict, ignored=()) -> list[str]:
 class Section(pydantic.BaseModel):
     """A section of the YAML. Its fields are the keys; unknown keys, infinities and NaN are refused."""
 
-    model_config = pydantic.ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=(), coerce_numbers_to_str=True
-    )
-
-    @pydantic.field_validator("*", mode="before")
-    @classmethod
-    def check_text(cls, value, info):
-        """Refuse text that no file name and no JSON can hold, and read 1e5 as the integer that it is."""
-        if not isinstance(value, str):
-            return value
-        # File systems refuse these, and UTF-8 cannot encode lone surrogates.
-        if re.search("[\0\ud800-\udfff]", value):
-            raise ValueError(f"must be text without NUL bytes and lone surrogates, not {shown(value)}")
-        # pydantic reads text as a number, but not this spelling of an integer.
-        kind = cls.model_fields[info.field_name].annotation
-        is_integer = int in (kind, *typing.get_args(kind))
-        return int(float(value)) if is_integer and re.fullmatch(r"\d+e\d\d?", value) else value
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class DatasetConfig(Section):
@@ -221,11 +189,14 @@ class DatasetConfig(Section):
     def folder(self) -> Path:
         """Where the shards are. It depends on the config alone, not on what exists."""
         if self.path:
-            return Path(self.path).expanduser()
+            return local(self.path)
         # Two tokenizers get two folders, also where both files are called tokenizer.json.
         tokenizer = self.hf_tokenizer_path or f"bpe{self.train_tokenizer_vocab_size}"
         parts = [self.name, self.config_name, tokenizer]
         return Path("data") / re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts))).strip("-.")
+
+
+UNKNOWN_KEY = "extra_forbidden", "unexpected_keyword_argument"  # pydantic's names for it, in models and dataclasses
 
 
 def validated(cls, values, where: str = ""):
@@ -236,69 +207,51 @@ def validated(cls, values, where: str = ""):
     """
     if not isinstance(values, dict):
         raise UserError(f"{where.rstrip('.') or 'the config'} must be a section of keys, not {shown(values)}")
-    # The dataclasses of models.py get the Section's rules here, since they do not import pydantic.
-    config = None if issubclass(cls, Section) else Section.model_config
+    # The dataclasses of models.py, which do not import pydantic, get the rules of a Section here.
+    if not issubclass(cls, Section):
+        cls.__pydantic_config__ = Section.model_config
+    adapter = pydantic.TypeAdapter(cls)
     try:
-        if config:
-            cls.__pydantic_config__ = config
-        result = pydantic.TypeAdapter(cls).validate_python(values)
+        result = adapter.validate_python(values)
     except pydantic.ValidationError as e:
         # Unknown keys first: one of them is often the missing key, misspelled.
         first = min(e.errors(include_url=False), key=lambda error: error["type"] not in UNKNOWN_KEY)
-        raise UserError(sentence(cls, values, first, where)) from e
-    check_exact(values, result, where)
+        raise UserError(where + sentence(cls, first)) from e
+    # pydantic takes true for the number 1 and "yes" for true, integers without limit, and text that is no file name
+    # and no JSON: with NUL bytes or lone surrogates.
+    given = flat(values)
+    for key, value in flat(adapter.dump_python(result)).items():
+        typed = given.get(key, value)
+        is_huge = isinstance(value, int) and abs(value) >= 2**63
+        is_odd = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)
+        if is_huge or is_odd or isinstance(typed, bool) != isinstance(value, bool):
+            raise UserError(f"{where}{key} cannot take {shown(typed)} as {type(value).__name__}")
     return result
 
 
-UNKNOWN_KEY = "extra_forbidden", "unexpected_keyword_argument"  # pydantic's names for it, in models and dataclasses
-
-
-def sentence(cls, values: dict, error: dict, where: str) -> str:
-    """A pydantic error in one sentence, with the full name of the key."""
-    # pydantic's location leads through sections and unions to the key.
+def sentence(cls, error: dict) -> str:
+    """A pydantic error in one sentence that begins with the dotted key."""
     keys = {}  # of the section in which the error lies
-    name = where
+    names = []
     for part in error["loc"]:
-        fields = getattr(cls, "model_fields", None) or getattr(cls, "__dataclass_fields__", {})
-        keys = fields or keys
-        if part in fields:
-            cls = getattr(fields[part], "annotation", None)
-        elif any(map(dataclasses.is_dataclass, typing.get_args(cls))):  # the tag of a union, which is no key
-            cls = next(c for c in typing.get_args(cls) if c.__dataclass_fields__["model_type"].default == part)
+        # For a union of dataclasses, pydantic names the class that it chose by its model_type, which is no key.
+        union = {getattr(choice, "model_type", None): choice for choice in typing.get_args(cls)}
+        if part in union:
+            cls = union[part]
             continue
-        name += f"{shown(part).strip(QUOTES)}."
-    name = name.rstrip(".")
+        keys = getattr(cls, "model_fields", None) or getattr(cls, "__dataclass_fields__", {})
+        cls = getattr(keys.get(part), "annotation", None)
+        names.append(f"{part}"[:60])
+    name = ".".join(names)
     if error["type"] in UNKNOWN_KEY:
-        section, _, bad = name.rpartition(".")
-        near = difflib.get_close_matches(bad, keys, n=1, cutoff=0)[0]
-        return f"unknown key {name}; the nearest valid key is {section}{'.' * bool(section)}{near}"
+        near = difflib.get_close_matches(names[-1], keys, n=1, cutoff=0)
+        return f"{name} is an unknown key; the nearest valid key is {near[0]}"
     # The description tells what the user has to decide on.
     if error["type"] == "missing":
-        return f"missing key {name}: {getattr(keys.get(error['loc'][-1]), 'description', 'it has no default')}"
-    if error["type"].startswith("union_tag"):
-        return f"{name}.model_type must be one of {error['ctx'].get('expected_tags', 'the models')}"
+        return f"{name} is missing: {getattr(keys[part], 'description', 'it has no default')}"
     if error["type"] == "value_error":
         return f"{name} {error['ctx']['error']}".strip()
-    return f"{name} {error['msg'].replace('Input should', 'must', 1)}, not {shown(error['input'])}"
-
-
-QUOTES = "'\""
-
-
-def check_exact(value, result, name: str) -> None:
-    """Refuse what pydantic converts too kindly: true as a number, 1 or "yes" as true, and integers without limit."""
-    # Python's True is an int, so pydantic takes it for 1.
-    if isinstance(value, bool) != isinstance(result, bool):
-        wanted = "be true or false" if isinstance(result, bool) else "not be true or false"
-        raise UserError(f"{name.rstrip('.')} must {wanted}: it is {shown(value)}")
-    if isinstance(result, int) and abs(result) >= 2**63:
-        raise UserError(f"{name.rstrip('.')} must be below 2**63, not {shown(value)}")
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            check_exact(inner, getattr(result, key, inner), f"{name}{key}.")
-    elif isinstance(value, (list, tuple)):
-        for inner, converted in zip(value, result, strict=True):
-            check_exact(inner, converted, name)
+    return f"{name}: {error['msg']}, not {shown(error['input'])}"
 
 
 SECTIONS = {"train": "train_dataset_config", "val": "val_dataset_config"}
@@ -307,42 +260,37 @@ SECTIONS = {"train": "train_dataset_config", "val": "val_dataset_config"}
 def dataset_configs(raw: dict) -> dict[str, DatasetConfig]:
     """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and its path if the names agree."""
     # train.py refuses every unknown key; here the other keys of a run's config are not known.
-    for found in raw:
-        near = difflib.get_close_matches(str(found), SECTIONS.values(), n=1, cutoff=0.8)
-        if near and found not in SECTIONS.values():
-            raise UserError(f"unknown key {shown(found)}; the nearest valid key is {near[0]}")
-    for split, name in SECTIONS.items():
-        if name not in raw:
-            raise UserError(f"missing key {name}: the {split} data")
-    train, val = (validated(DatasetConfig, raw[name], f"{name}.") for name in SECTIONS.values())
-    tokenizer = train.model_dump(include={"hf_tokenizer_path", "train_tokenizer_vocab_size"})
+    names = SECTIONS.values()
+    for key in raw.keys() - names:
+        if difflib.get_close_matches(shown(key), names, cutoff=0.8):
+            raise UserError(f"unknown key {shown(key)}: the sections are {' and '.join(names)}")
+    train, val = (validated(DatasetConfig, raw.get(name), f"{name}.") for name in names)
+    taken = {}
     if not val.hf_tokenizer_path and not val.train_tokenizer_vocab_size:
-        val = val.model_copy(update=tokenizer)
+        taken = train.model_dump(include={"hf_tokenizer_path", "train_tokenizer_vocab_size"})
     if val.path is None and val.name == train.name:
-        val = val.model_copy(update={"path": train.path})
-    differ = differences(tokenizer, val.model_dump(include=set(tokenizer)))
-    if differ:
-        raise UserError(f"train and val must have the same tokenizer: train is there and val here in {differ[0]}")
-    # The tokenizer is given or trained: both keys, or none, would leave open which.
-    if bool(train.hf_tokenizer_path) == bool(train.train_tokenizer_vocab_size):
+        taken["path"] = train.path
+    val = val.model_copy(update=taken)
+    given = train.hf_tokenizer_path
+    trained = train.train_tokenizer_vocab_size
+    if bool(given) == bool(trained):
         raise UserError("train_dataset_config must set one of hf_tokenizer_path and train_tokenizer_vocab_size")
-    # A tokenizer is trained on text.
-    if train.train_tokenizer_vocab_size and train.is_tokenized:
-        raise UserError("train_tokenizer_vocab_size needs text, but is_tokenized is true: set hf_tokenizer_path")
-    if train.train_tokenizer_vocab_size and val.folder() != train.folder():
-        raise UserError("the trained tokenizer is kept beside its shards: give train and val the same path")
+    if asked(val)["tokenizer"] != asked(train)["tokenizer"]:
+        raise UserError("val_dataset_config must leave out the tokenizer, or have train's")
+    # It is trained on text, and kept beside its shards.
+    if trained and (train.is_tokenized or val.folder() != train.folder()):
+        raise UserError("train_tokenizer_vocab_size needs the same path for train and val, and is_tokenized false")
     return {"train": train, "val": val}
 
 
-# param-decomp has one section `data` in place of our two, with these names for the keys that it shares with them
+# param-decomp has one section `data` in place of our two, with these names for the keys that it shares with them.
 PARAM_DECOMP_KEYS = {"dataset_name": "name", "tokenizer_name": "hf_tokenizer_path", "max_seq_len": "n_ctx"}
 
 
 def two_sections(config: dict) -> dict:
     """A config with param-decomp's section `data` as one with the two sections that it means."""
-    both = [name for name in SECTIONS.values() if name in config]
-    data = config["data"]
-    if both or not isinstance(data, dict):
+    data = config.pop("data")
+    if not isinstance(data, dict) or not config.keys().isdisjoint(SECTIONS.values()):
         raise UserError(f"data must be param-decomp's section, and stand without {' and '.join(SECTIONS.values())}")
     # Keys without a name of ours stay, and are refused with the section that they end up in.
     common = {PARAM_DECOMP_KEYS.get(key, key): value for key, value in data.items()}
@@ -350,14 +298,11 @@ def two_sections(config: dict) -> dict:
     # There a format is the name of the dataset, and data_files says which files.
     files = common.pop("data_files", None)
     if files is not None:
-        if common.get("name") not in ("parquet", "json"):
-            raise UserError("data.data_files needs data.dataset_name parquet or json: leave it out for a hub id")
         common["name"] = files
-    splits = {"train": common.pop("train_split", "train"), "val": common.pop("eval_split", "val")}
-    out = {key: value for key, value in config.items() if key != "data"}
-    for split, section in SECTIONS.items():
-        out[section] = common | {"split": splits[split]}
-    return out
+    splits = common.pop("train_split", "train"), common.pop("eval_split", "val")
+    for section, split in zip(SECTIONS.values(), splits, strict=True):
+        config[section] = common | {"split": split}
+    return config
 
 
 # -----------------------------------------------------------------------------
@@ -409,6 +354,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, None  # None: NotImplementedError
+
+
 def hold(folder: Path, doing: str, wait: bool = False):
     """Hold `folder` for this process until the returned lock is released or the process ends.
 
@@ -430,8 +378,7 @@ def hold(folder: Path, doing: str, wait: bool = False):
         lock.acquire()
     except (OSError, NotImplementedError) as e:
         # Lustre without its flock option, FUSE and NFS without a lock service say one of these.
-        no_locks = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS
-        if isinstance(e, OSError) and e.errno not in no_locks:
+        if getattr(e, "errno", None) not in NO_LOCKS:
             raise
         return None
     return lock
@@ -443,16 +390,11 @@ def allow_open_files(wanted: int) -> None:
         import resource
     except ImportError:
         return  # Windows has no such limit
-    # Any process may raise its own soft limit up to the hard one.
+    # Any process may raise its own soft limit up to the hard one. -1 is no limit.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if resource.RLIM_INFINITY in (soft, hard) or wanted <= soft:
-        return
-    if wanted > hard:
-        raise UserError(
-            f"the shards need {wanted} open files, but the hard limit is {hard}: raise it (ulimit -Hn {wanted}, or "
-            "nofile in /etc/security/limits.conf), or prepare the data again with larger --shard-tokens"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    if 0 <= soft < wanted:
+        with blame(f"raise the limit of open files (ulimit -Hn {wanted}), or prepare with larger --shard-tokens"):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # -----------------------------------------------------------------------------
@@ -472,86 +414,59 @@ class TextEncoder:
     eos_token_id: int
     eos_token: str
     encode_batch: typing.Callable  # list of texts -> list of id sequences, without any special token
-    decode_batch: typing.Callable  # list of id sequences -> list of texts, special tokens left out
-
-    def __post_init__(self):
-        if self.vocab_size > 65536:
-            raise UserError(f"the tokenizer {self.name} has {self.vocab_size} ids, but a shard's uint16 holds 65536")
+    decode_batch: typing.Callable  # list of lists of ids -> list of texts
 
 
 def load_encoder(name: str) -> TextEncoder:
     """The tokenizer `gpt2`, at a hub id, in a tokenizer.json, or in a folder with one. UserError if there is none."""
     if name == "gpt2":
         return gpt2_encoder()
+    path = tokenizer_file(name)
     # What is on disk comes first, so that no network is needed.
-    local = tokenizer_file(name)
-    if local.suffix == ".json":
-        try:
-            data = local.read_bytes()
-        except OSError as e:
-            raise UserError(f"cannot read the tokenizer {local}: {e.strerror}") from e
-        # transformers saves this file beside tokenizer.json; it names the EOS where there are several candidates.
-        beside = local.with_name("tokenizer_config.json")
-        return json_encoder(name, data, beside.read_bytes() if beside.exists() else b"{}")
-    from huggingface_hub import errors, hf_hub_download
+    if path.suffix != ".json":
+        from huggingface_hub import snapshot_download
 
-    try:
-        data = Path(hf_hub_download(name, "tokenizer.json")).read_bytes()
-        try:
-            settings = Path(hf_hub_download(name, "tokenizer_config.json")).read_bytes()
-        except errors.LocalEntryNotFoundError:
-            raise  # There may be one, with an EOS of its own, but the network is down.
-        except errors.EntryNotFoundError:
-            settings = b"{}"
-    # The hub's client raises errors of its own, of requests and of the standard library alike.
-    except Exception as e:
-        raise UserError(
-            f"cannot read the tokenizer {name} on the Hugging Face hub ({type(e).__name__}): check its name and the "
-            "network; without one, set hf_tokenizer_path to a tokenizer.json on disk"
-        ) from e
-    return json_encoder(name, data, settings)
+        with blame(
+            f"the hub has no tokenizer {name}, or no network: set hf_tokenizer_path to a tokenizer.json on disk"
+        ):
+            path = tokenizer_file(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
+    # transformers saves this file beside tokenizer.json; it names the EOS where there are several candidates.
+    beside = path.with_name("tokenizer_config.json")
+    return json_encoder(name, path.read_bytes(), beside.read_bytes() if beside.exists() else b"{}")
 
 
 def tokenizer_file(name: str) -> Path:
     """Where the tokenizer `name` is, if it is on disk."""
-    path = Path(name).expanduser()
+    path = local(name)
     return path / "tokenizer.json" if path.is_dir() else path
 
 
 def json_encoder(name: str, data: bytes, settings: bytes = b"{}") -> TextEncoder:
     """A tokenizer from the bytes of its tokenizer.json and of its tokenizer_config.json, which may name the EOS."""
-    from tokenizers import Tokenizer
-
-    try:
+    with blame(f"{name} is not a tokenizer.json that the tokenizers library can read"):
         tok = text_tokenizer(data)
-        # As it is, for decoding rows of ids without their special tokens.
-        with_special = Tokenizer.from_buffer(data)
-        settings = json.loads(settings)
+        eos = eos_of(tok, json.loads(settings), name)
         vocab_size = max(tok.get_vocab().values()) + 1
-    # The Rust library raises bare Exceptions, and the JSON may be of any shape.
-    except Exception as e:
-        raise UserError(f"{name} is not a tokenizer.json that the tokenizers library can read: {e}") from e
-    eos = eos_of(tok, settings, name)
+    if vocab_size > 65536:
+        raise UserError(f"the tokenizer {name} has {vocab_size} ids, but a shard's uint16 holds 65536")
 
     def encode_batch(texts):
         return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
 
-    return TextEncoder(
-        name, data, vocab_size, eos, with_special.id_to_token(eos), encode_batch, with_special.decode_batch
-    )
+    eos_token = tok.id_to_token(eos).removeprefix(HIDDEN)
+    return TextEncoder(name, data, vocab_size, eos, eos_token, encode_batch, tok.decode_batch)
 
 
 def eos_of(tokenizer, settings: dict | None, name: str) -> int:
     """The id that ends a document: the eos_token of `settings` (a tokenizer_config.json), or the first of EOS_NAMES."""
     given = settings.get("eos_token") if isinstance(settings, dict) else None
-    if isinstance(given, dict):
-        given = given.get("content")
+    given = given.get("content") if isinstance(given, dict) else given
     names = [given] if isinstance(given, str) else EOS_NAMES
     for known in names:
-        # text_tokenizer may have renamed it.
-        for spelled in known, HIDDEN + known:
-            if tokenizer.token_to_id(spelled) is not None:
-                return tokenizer.token_to_id(spelled)
+        for spelled in (known, HIDDEN + known):  # text_tokenizer may have renamed it
+            i = tokenizer.token_to_id(spelled)
+            if i is not None:
+                return i
     raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
 
 
@@ -581,17 +496,17 @@ def hide_special_words(spec: dict) -> None:
 
     (A BPE that merges cannot reach them.) The decoder takes the new part of the name off again.
     """
-    model = spec["model"]
-    special = {t["content"] for t in spec["added_tokens"] if t["special"]}
-    is_mapping = isinstance(model["vocab"], dict)  # Unigram has a list of [piece, score]
-    words = model["vocab"].items() if is_mapping else model["vocab"]
-    found = special & {word for word, _ in words}
-    renamed = [[HIDDEN * (word in found) + word, value] for word, value in words]
-    model["vocab"] = dict(renamed) if is_mapping else renamed
-    if model.get("unk_token") in found:
-        model["unk_token"] = HIDDEN + model["unk_token"]
-    # Their ids are those of the vocabulary now, so that the other added tokens keep theirs.
-    spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] not in found]
+    model = json.dumps(spec["model"])
+    added = []
+    for token in spec["added_tokens"]:
+        name = json.dumps(token["content"])
+        if token["special"] and name in model:
+            # In the vocabulary, and as unk_token. Its id is that of the vocabulary now.
+            model = model.replace(name, json.dumps(HIDDEN + token["content"]))
+        else:
+            added.append(token)
+    spec["model"] = json.loads(model)
+    spec["added_tokens"] = added
     spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # what no decoder at all would do
     replace = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
     spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec.get("decoder") or spaces]}
@@ -604,28 +519,21 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
     from tokenizers import models
 
     files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    try:
+    with blame(
+        "tiktoken cannot download its gpt2 files: set TIKTOKEN_CACHE_DIR, or hf_tokenizer_path to a file on disk"
+    ):
         enc = tiktoken.get_encoding("gpt2")  # which checks the files and keeps them
         if not data:
+            # The hub's tokenizer.json of gpt2 is made of these same two files.
             vocab = json.loads(read_file_cached(f"{files}encoder.json"))
             merges = read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]
-            # The hub's tokenizer.json of gpt2 is made of these same two files.
             pairs = [tuple(line.split()) for line in merges]
             data = byte_level_bpe(models.BPE(vocab, pairs)).to_str().encode()
-    # Its download fails with the errors of requests, and a damaged cache with ValueError.
-    except Exception as e:
-        raise UserError(
-            f"tiktoken cannot get its gpt2 files ({type(e).__name__}), which it downloads once: without a network, set "
-            "TIKTOKEN_CACHE_DIR to a folder that holds them, or hf_tokenizer_path to a tokenizer.json"
-        ) from e
 
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
 
-    def decode_batch(rows):
-        return [enc.decode([i for i in ids if i != enc.eot_token]) for ids in rows]
-
-    return TextEncoder("gpt2", data, enc.n_vocab, enc.eot_token, "<|endoftext|>", encode_batch, decode_batch)
+    return TextEncoder("gpt2", data, enc.n_vocab, enc.eot_token, "<|endoftext|>", encode_batch, enc.decode_batch)
 
 
 def byte_level_bpe(model):
@@ -676,33 +584,19 @@ def read_record(folder: Path) -> dict:
     path = folder / "dataset.json"
     if not path.exists():
         return {}
-    try:
+    with blame(f"{path} is damaged: delete {folder} and prepare it again"):
         record = json.loads(path.read_text())
-    except ValueError as e:
-        raise UserError(f"{path} is damaged ({e}): delete {folder} and prepare it again") from e
-    # A file of this name that something else wrote.
-    if not isinstance(record, dict) or not {"source", "tokenizer", "splits", "finished"} <= record.keys():
-        raise UserError(f"{path} is not a dataset.json of this program: delete {folder} and prepare it again")
-    return record
+        return {key: record[key] for key in (*record, "source", "tokenizer", "splits", "finished")}
 
 
 def map_shard(path: Path) -> np.ndarray:
     """The tokens of a shard, (n,) uint16, memory-mapped. UserError if it is not a whole shard."""
-    try:
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 3)
-    except OSError as e:
-        raise UserError(f"cannot read the shard {path}: {e.strerror}") from e
-    if size < HEADER_BYTES or header[0] != MAGIC or header[1] != VERSION:
+    n_tokens = (path.stat().st_size - HEADER_BYTES) / 2
+    header = np.fromfile(path, "<i4", 3).tolist()
+    if header != [MAGIC, VERSION, n_tokens]:
         raise UserError(
-            f"{path} is not a shard: it should begin with the int32 {MAGIC} and {VERSION}. Prepare it again; "
-            "if it is nanoGPT's, bare uint16, put 256 int32 before it: these two, the token count, zeros"
-        )
-    wanted = HEADER_BYTES + 2 * int(header[2])
-    if size != wanted:
-        raise UserError(
-            f"the shard {path} is damaged: with {header[2]} tokens, as its header says, it would have {wanted} "
-            f"bytes, not {size}; delete its folder and prepare it again"
+            f"{path} is not a whole shard: its first int32 are {header}, and should be {[MAGIC, VERSION, n_tokens]}. "
+            "Prepare it again; before nanoGPT's bare uint16, put these three and 253 zeros"
         )
     # The header is mapped, too: a shard without tokens could not be mapped without it.
     return np.memmap(path, "<u2", "r").view(np.ndarray)[HEADER_BYTES // 2 :]
@@ -716,69 +610,59 @@ class Shards:
         self.folder = folder
         self.split = split
         self.info = read_record(folder)
-        again = f"delete {folder} and run {prepare}"
-        # An unfinished preparation has no shards to train on yet.
+        self.entries = self.info.get("splits", {}).get(split, {}).get("shards", [])  # of dataset.json
+        self.files = [folder / entry["file"] for entry in self.entries]
         if self.info:
-            entries = self.info["splits"].get(split, {}).get("shards", []) if self.info["finished"] else []
-            self.files = [folder / entry["file"] for entry in entries]
-        else:  # llm.c's or modded-nanogpt's: the split is a word of the name, so not retrieval_train_0.bin for val
+            check_tokenizer(folder, self.info)
+        else:
+            # llm.c's or modded-nanogpt's: the split is a word of the name, so not retrieval_train_0.bin for val.
             named = re.compile(rf"([^.].*[^a-z])?{split}(idation)?([^a-z].*)?\.bin")
             self.files = sorted(p for p in folder.glob("*.bin") if named.fullmatch(p.name))
-        if not self.files:
+        # An unfinished preparation has no shards to train on yet.
+        if not self.files or not self.info.get("finished", True):
             raise UserError(f"no finished {split} shards in {folder}: run {prepare}")
-        for path in self.files:
-            if not path.exists():
-                raise UserError(f"the shard {path} is gone: {again}")
-        if self.info:
-            check_tokenizer(folder, self.info, again)
         allow_open_files(2 * len(self.files) + 256)  # 2: the validation shards may be as many
         # Opening checks each file's header and size, so that no read is beyond its end.
         self.maps = [map_shard(path) for path in self.files]
-        self.starts = np.cumsum([0, *map(len, self.maps)])  # the stream's token at which each shard starts
-        self.n_tokens = int(self.starts[-1])
+        self.starts = [0, *itertools.accumulate(map(len, self.maps))]  # the stream's token at which each shard starts
+        self.n_tokens = self.starts[-1]
 
     def fingerprint(self) -> tuple[str, str]:
         """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
         if self.info:
             return str(self.folder / "dataset.json"), sha256_file(self.folder / "dataset.json")
-        listing = json.dumps([[f.name, len(tokens)] for f, tokens in zip(self.files, self.maps, strict=True)])
-        return f"{self.folder}/*{self.split}*.bin", hashlib.sha256(listing.encode()).hexdigest()
+        names = [path.name for path in self.files]
+        return f"{self.folder}/*{self.split}*.bin", digest([names, self.starts])
 
     def locate(self, tokens):
         """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""
         shards = np.searchsorted(self.starts, tokens, side="right") - 1
-        return shards, tokens - self.starts[shards]
+        return shards, tokens - np.array(self.starts)[shards]
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) of the stream, uint16; they may lie in several shards."""
-        shard, at = map(int, self.locate(start))
         parts = []
-        left = stop - start
-        while left > 0:
-            parts.append(self.maps[shard][at : at + left])
-            left -= len(parts[-1])
-            shard += 1
-            at = 0
+        while start < stop:
+            shard = bisect.bisect(self.starts, start) - 1
+            at = start - self.starts[shard]
+            parts.append(self.maps[shard][at : at + stop - start])
+            start += len(parts[-1])
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def windows(self, ids, length: int) -> np.ndarray:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
         starts = np.asarray(ids, np.int64) * length
-        # (n,) the shards and offsets at which the windows begin, and the shards in which they end
-        first, offset = self.locate(starts)
-        last, _ = self.locate(starts + length - 1)
         out = np.empty((len(starts), length), np.uint16)
-        places = zip(starts.tolist(), first.tolist(), last.tolist(), offset.tolist(), strict=True)
-        for row, (start, shard, end, at) in enumerate(places):
-            out[row] = self.maps[shard][at : at + length] if shard == end else self.tokens(start, start + length)
+        for row, start in enumerate(starts.tolist()):
+            out[row] = self.tokens(start, start + length)
         return out
 
 
-def check_tokenizer(folder: Path, record: dict, remedy: str) -> None:
+def check_tokenizer(folder: Path, record: dict) -> None:
     """UserError if the tokenizer.json in a prepared folder is not the one that encoded its shards."""
     path = folder / "tokenizer.json"
-    if not path.exists() or sha256_file(path) != record["tokenizer"]["sha256"]:
-        raise UserError(f"{path} is not the tokenizer that encoded the shards: {remedy}")
+    if sha256_file(path) != record["tokenizer"]["sha256"]:
+        raise UserError(f"{path} is not what encoded the shards: restore it, or delete {folder} and prepare it again")
 
 
 # -----------------------------------------------------------------------------
@@ -835,8 +719,8 @@ class TrainingStream:
     def __init__(self, data: Shards, section: DatasetConfig, seed: int):
         self.data = data
         self.n_ctx = section.n_ctx
-        self.seed = seed + (section.seed or 0)
         self.shuffle_each_epoch = section.shuffle_each_epoch
+        self.seed = seed + (section.seed or 0)
         self.n_windows = data.n_tokens // self.n_ctx
         if self.n_windows == 0:
             raise UserError(
@@ -854,66 +738,75 @@ class TrainingStream:
 
 
 # -----------------------------------------------------------------------------
-# sources: rows in a fixed order. rows(place) yields (place after the row, where the row is, row) from a place on, also
-# from one that was written as JSON in between
+# sources: rows in a fixed order
+
+SEPARATOR = b"<|endoftext|>"
+SEPARATORS = "in a .txt, only lines that hold <|endoftext|> alone stand between documents"
 
 
-class TextFiles:
-    """Rows of local files, in the order given: one a line of .jsonl, one a document of .txt, one a file of .py.
+@dataclasses.dataclass
+class Source:
+    """The rows of one split of a dataset, in a fixed order that can be resumed at any place.
 
-    A place is [file, rows read of it].
+    A part is a file, or what `datasets` streams as one. A place is (rows read, part, number of the last row in it).
     """
 
-    def __init__(self, files: list[Path], column: str):
-        self.files = files
-        self.column = column
-        self.kind = kind_of(files[0])
-        self.inline_separators = 0  # lines of a .txt that end with <|endoftext|> after other text
+    section: DatasetConfig
+    kind: str  # of READERS
+    parts: list  # (name, part)
+    files: list  # what `datasets` reads: the hub's addresses hold the commit
+    start: int = 0  # the first row of the split, and the one after its last
+    stop: int = sys.maxsize
 
-    def rows(self, place=None):
-        """Yield (place, where, raw bytes) from `place` on, or from the start."""
-        # Reading may begin several times: to count rows, to look at the first ones, and to encode.
-        first, skipped = place or (0, 0)
-        self.inline_separators = 0
-        for i, path in enumerate(self.files[first:], first):
-            for at, (line, raw) in enumerate(self.file_rows(path), 1):
-                if at > skipped:
-                    yield [i, at], f"{path}, line {line}", raw
-            skipped = 0
+    def rows(self, place=(0, 0, 0)):
+        """Yield (place, name of the part, raw) of each row after `place`."""
+        read, first, last = place
+        for i, (name, part) in enumerate(self.parts[first:], first):
+            with blame(f"cannot read {name}"):
+                for number, raw in READERS[self.kind](part):
+                    if (i, number) > (first, last):
+                        read += 1
+                        yield (read, i, number), name, raw
 
-    def file_rows(self, path: Path):
-        """Yield (line, raw bytes) of each row of a file."""
-        read = {".jsonl": json_lines, ".txt": self.text_documents, ".py": whole_text}[self.kind]
-        line = 1
-        try:
-            with open_bytes(path) as f:
-                if f.peek(3)[:3] == codecs.BOM_UTF8:
-                    f.read(3)
-                for line, raw in read(f):
-                    yield line, raw
-        # What the decompressors raise when a file is damaged or cut short.
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as e:
-            raise UserError(f"cannot read {path} after line {line}: {getattr(e, 'strerror', None) or e}") from e
 
-    def text_documents(self, f):
-        """Yield (line, text) of each document between lines that hold <|endoftext|> alone.
-
-        The line break before such a line, or before the end, belongs to the file and not to the document.
-        """
-        start = 1
-        parts = []
+def json_lines(path: Path):
+    """Yield (line, its bytes) of each line that is not blank."""
+    with open_bytes(path) as f:
         for line, raw in enumerate(f, 1):
-            if raw.strip() == b"<|endoftext|>":
+            if not raw.isspace():
+                yield line, raw
+
+
+def text_documents(path: Path):
+    """Yield (line, text) of each document between lines that hold <|endoftext|> alone.
+
+    The line break before such a line, or before the end, belongs to the file and not to the document.
+    """
+    start = 1
+    parts = []
+    with open_bytes(path) as f:
+        for line, raw in enumerate(itertools.chain(f, [b""]), 1):  # b"": the end
+            if raw and raw.strip() != SEPARATOR:
+                parts.append(raw)
+            elif raw or parts:
                 yield start, b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
                 start = line + 1
                 parts = []
-            else:
-                self.inline_separators += raw.rstrip().endswith(b"<|endoftext|>")
-                parts.append(raw)
-        if parts:
-            yield start, b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
 
 
+def whole_text(path: Path):
+    """Yield a file as one document."""
+    with open_bytes(path) as f:
+        yield 1, f.read()
+
+
+def table_rows(stream):
+    """Yield (number, value) of each row of a stream of Arrow tables with one column."""
+    tables = stream.iter(batch_size=256)
+    return enumerate(itertools.chain.from_iterable(table.column(0).to_pylist() for table in tables), 1)
+
+
+READERS = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text, "table": table_rows}
 COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": None}
 
 
@@ -924,191 +817,112 @@ def kind_of(path: Path) -> str:
 
 
 def open_bytes(path: Path):
-    """A file opened for reading bytes, decompressed by its suffix."""
-    suffix = path.suffix.lower()
-    if suffix != ".zst":
-        return COMPRESSED.get(suffix, open)(path, "rb")
-    try:
+    """A file opened for reading bytes, decompressed by its suffix, after its byte order mark if it has one."""
+    if path.suffix.lower() == ".zst":
         import pyarrow
-    except ImportError as e:
-        raise UserError(f"{path} is decompressed by pyarrow: pip install datasets") from e
-    # Not through `datasets`, which fails on the Pile's files: it wants one type for every column.
-    return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16)
+
+        # Not through `datasets`, which fails on the Pile's files: it wants one type for every column.
+        f = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16)
+    else:
+        f = COMPRESSED.get(path.suffix.lower(), open)(path, "rb")
+    if f.peek(3)[:3] == codecs.BOM_UTF8:
+        f.read(3)
+    return f
 
 
-def json_lines(f):
-    """Yield (line, its bytes) of each line of `f` that is not blank."""
-    for line, raw in enumerate(f, 1):
-        if raw.strip():
-            yield line, raw
+def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
+    """What `datasets` finds under the name of `c`, which is that of `files` if there are any. Raises what it raises."""
+    import datasets
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
 
-
-def whole_text(f):
-    """Yield the whole of `f` as one document."""
-    yield 1, f.read()
-
-
-class Tables:
-    """Rows of one column of what `datasets` streams. A place is [state before a batch, rows read of it, row number]."""
-
-    kind = "value"
-
-    def __init__(self, name: str, column: str, stream, files: list[str]):
-        self.name = name
-        self.column = column
-        self.files = files
-        columns = stream.column_names or list(next(iter(stream), {column: None}))
-        if column not in columns:
-            raise UserError(f"{name} has no column {column} (column_name); found {', '.join(columns)}")
-        # Arrow tables: to make Python objects of all rows here would take longer than to encode them in the workers.
-        self.stream = stream.select_columns([column]).with_format("arrow")
-
-    def rows(self, place=None):
-        """Yield (place, where, value) from `place` on, or from the start."""
-        state, skipped, number = place or (None, 0, 0)
-        # Every call reads on its own, from its own place.
-        stream = copy.copy(self.stream)
-        if state:
-            stream.load_state_dict(state)
-        batches = stream.iter(batch_size=256)
-        while True:
-            with blame_datasets(f"cannot read {self.name} after row {number}"):
-                table = next(batches, None)
-            if table is None:
-                return
-            for at, value in enumerate(arrow_values(table)[skipped:], skipped + 1):
-                yield [state, at, number + 1], f"{self.name}, row {number}", value
-                number += 1
-            skipped = 0
-            state = copy.deepcopy(stream.state_dict())  # datasets changes its own as it reads
-
-
-def arrow_values(table) -> list:
-    """The values of an Arrow table of one column: lists of numbers as numpy arrays, all else as Python has it."""
-    values = []
-    for chunk in table.column(0).chunks:
-        if not hasattr(chunk, "offsets"):
-            values += chunk.to_pylist()
-            continue
-        # No list of Python ints is made of ids, which would take twenty times the memory.
-        numbers = chunk.values.to_numpy(zero_copy_only=False)
-        bounds = chunk.offsets.to_numpy()
-        values += [numbers[start:stop] for start, stop in itertools.pairwise(bounds)]
-    return values
-
-
-@contextlib.contextmanager
-def blame_datasets(what: str):
-    """Turn an error of `datasets`, of the hub or of Arrow, which raise whatever they like, into one sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as e:
-        reason = " ".join(str(e).split())
-        raise UserError(f"{what}: {type(e).__name__}: {reason[:400]}") from e
-
-
-def open_tables(c: DatasetConfig, base: str, files: list[Path]) -> Tables:
-    """The split `base` of what `datasets` finds under the name of `c`, which is that of `files` if there are any."""
-    try:
-        import datasets
-        from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
-    except ImportError as e:
-        raise UserError(f"{c.name} is read through the datasets library: pip install datasets") from e
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, in its words, what it also raises
-    path = Path(c.name).expanduser().absolute()
+    path = local(c.name).absolute()
     # A path on disk is that path: `datasets` would take a folder called parquet for a file format.
     name = str(path) if path.exists() else c.name
     if name in builders:
         raise UserError(f"{name} is not a dataset but a file format of `datasets`: name the files themselves")
-    # `datasets` reads every file name as a pattern.
-    escaped = [glob.escape(str(file)) for file in files] or None
-    with blame_datasets(f"cannot read {c.name} (split {c.split}, config_name {c.config_name})"):
-        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
-            saved = datasets.load_from_disk(str(path))
-            splits = saved if isinstance(saved, dict) else {"train": saved}
-        else:
-            name = str(files[0].parent) if files else name
-            builder = datasets.load_dataset_builder(name, c.config_name, data_files=escaped, revision=c.revision)
-            splits = builder.config.data_files or {base: []}
-        if base not in splits:
-            raise UserError(f"{c.name} has no split {base}; found {', '.join(map(str, splits))}")
-        if not isinstance(splits[base], list):
-            return Tables(c.name, c.column_name, splits[base].to_iterable_dataset(), [])
+    found = []
+    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+        saved = datasets.load_from_disk(name)
+        stream = (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset()
+    else:
+        # `datasets` reads every file name as a pattern.
+        escaped = [glob.escape(str(file)) for file in files] or None
+        name = str(files[0].parent) if files else name
+        builder = datasets.load_dataset_builder(name, c.config_name, data_files=escaped, revision=c.revision)
         kind = type(builder).__module__.rpartition(".")[2]
-        if kind == "text" and path.exists():
+        if kind == "text" and (files or path.exists()):
             raise UserError(
-                f"{c.name}: `datasets` makes a document of every line of a .txt: name the files, as in *.txt"
+                f"{c.name}: for `datasets`, every line of a .txt is a document: name the files, as in *.txt, plain or "
+                "compressed as .gz, .xz, .bz2 or .zst"
             )
         if kind == "parquet":
             # Read this column alone, in small record batches: by default it is all columns and whole row groups.
             builder.config.columns = [c.column_name]
             builder.config.batch_size = 256
-        return Tables(c.name, c.column_name, builder.as_streaming_dataset(base), list(splits[base]))
+        stream = builder.as_streaming_dataset(split)
+        found = list((builder.config.data_files or {}).get(split, []))
+    first = next(iter(stream), {})
+    if c.column_name not in first:
+        raise UserError(f"{c.name} has no column {c.column_name} (column_name); found {', '.join(first)}")
+    # Arrow tables: to make Python objects of all rows here would take longer than to encode them in the workers.
+    stream = stream.select_columns([c.column_name]).with_format("arrow")
+    n = stream.num_shards
+    parts = [(f"{c.name}, part {i}, row", stream.shard(n, i)) for i in range(n)]
+    return Source(c, "table", parts, found)
 
 
 def files_named(c: DatasetConfig) -> list[Path]:
     """The files on disk that `c` names: one, a glob's, those in a folder, the standard library's. None for a hub id."""
     if c.name == "python-stdlib":
         return stdlib_files()
-    path = Path(c.name).expanduser().absolute()
-    # A path that exists is no pattern.
+    path = local(c.name).absolute()
+    # A path that exists is no pattern, whatever characters its name has.
     if path.is_file():
-        return [path]  # whatever characters its name has
+        return [path]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
     shards = c.folder().absolute()  # they may lie within the source
     return sorted(p for p in found if p.is_file() and shards not in p.parents and not p.name.startswith("."))
 
 
-def open_source(c: DatasetConfig):
-    """The source that `c` names, and which of its rows: (source, first row, row after the last or None)."""
-    base, bounds = parse_split(c.split)
-    path = Path(c.name).expanduser()
-    files = [] if path.is_dir() else files_named(c)
+def open_source(c: DatasetConfig) -> Source:
+    """The rows that `c` asks for. UserError if there are none."""
+    # Hugging Face's syntax of slices, with a percentage up to 100.
+    bound = r"(-?\d{1,18}|-?(?:100|\d\d?)%|)"
+    match = re.fullmatch(rf"([\w.-]+?)(?:\[{bound}:{bound}\])?", c.split)
+    if not match:
+        raise UserError(f"cannot read split {shown(c.split)}: write train, train[:95%] (up to 100%) or train[-100:]")
+    split, *bounds = match.groups(default="")
+    files = files_named(c)
+    kinds = {kind_of(p) for p in files or [Path(c.name)]}
+    is_folder = local(c.name).is_dir()
     # Text is read here, line by line; everything else, folders too, by `datasets`.
-    kinds = {kind_of(p) for p in files or [path]}
-    if path.is_dir() or not kinds & {".txt", ".jsonl", ".py"}:
-        if re.search(r"\.(txt|jsonl)\.\w+$", c.name.lower()):
-            raise UserError(
-                f"{c.name}: this compression is not read here: decompress it, or use .gz, .xz, .bz2 or .zst"
-            )
-        source = open_tables(c, base, files)
-    elif not files:
-        raise UserError(f"no file matches {c.name}")
-    elif len(kinds) > 1:
-        raise UserError(f"{c.name} names files of several kinds, {', '.join(sorted(kinds))}: name those of one kind")
-    elif base != "train":
-        raise UserError(f"split {c.split}: {c.name} has one split, train; choose rows with a slice, train[95%:]")
+    if is_folder or kinds.isdisjoint(READERS):
+        with blame(f"cannot read {c.name} (split {split}, config_name {c.config_name})"):
+            source = open_tables(c, split, [] if is_folder else files)
+    elif not files or len(kinds) > 1 or split != "train":
+        raise UserError(
+            f"{c.name}: found {len(files)} files ({', '.join(sorted(kinds))}); wanted are some of one kind, and split "
+            f"train or a slice of it, not {c.split}"
+        )
     else:
-        source = TextFiles(files, c.column_name)
-    total = None
-    if any("%" in b or "-" in b for b in bounds):
+        source = Source(c, kinds.pop(), [(f"{p}, line", p) for p in files], [])
+    total = sys.maxsize
+    if re.search("[%-]", "".join(bounds)):
         # A percentage, or a distance from the end. The rows are counted: what a dataset's card says may be untrue.
         total = sum(1 for _ in source.rows())
-    start, stop = row_range(bounds, total)
-    if stop is not None and stop <= start:
+    source.start, source.stop = row_range(bounds, total)
+    if source.stop <= source.start:
         raise UserError(f"split {c.split} of {c.name} holds no rows")
-    return source, start, stop
+    return source
 
 
-def parse_split(spec: str) -> tuple[str, list[str]]:
-    """'train[:95%]' -> ('train', ['', '95%']): the base and two bounds. If one is a percentage, both are."""
-    compact = re.sub(r"\s|(?<=\d)_(?=\d)", "", spec)
-    match = re.fullmatch(r"([\w.-]+?)(?:\[(-?\d{1,18}%?)?:(-?\d{1,18}%?)?\])?", compact)
-    # Hugging Face's syntax, with a percentage up to 100.
-    if not match or re.search(r"(\d{4,}|[2-9]\d\d|1[1-9]\d|10[1-9])%", compact):
-        raise UserError(f"cannot read split {shown(spec)}: write train, train[:95%] (up to 100%) or train[-100:]")
-    return match[1], [match[2] or "", match[3] or ""]
-
-
-def row_range(bounds: list[str], total: int | None):
-    """(first row, row after the last or None) of two bounds, rounded and clipped to `total` as Hugging Face does."""
+def row_range(bounds: list[str], total: int) -> tuple[int, int]:
+    """(first row, row after the last) of bounds such as "5%" or "", rounded and clipped as Hugging Face's."""
     numbers = [int(b.rstrip("%")) if b else None for b in bounds]
-    if total is None:
-        return numbers[0] or 0, numbers[1]
-    if "%" in bounds[0] + bounds[1]:
+    # If one is a percentage, both are.
+    if "%" in "".join(bounds):
         numbers = [n if n is None else round(n * total / 100) for n in numbers]
     return slice(*numbers).indices(total)[:2]
 
@@ -1118,56 +932,48 @@ def stdlib_files() -> list[Path]:
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     # By the hash of its name a file's place is random, but the same on every machine with this Python.
-    names = [p.relative_to(root).as_posix() for p in root.rglob("*.py") if p.stat().st_size]
-    names = [n for n in names if not left_out & set(n.split("/"))]
-    if not names:
-        raise UserError(f"python-stdlib: this interpreter has no library in source form at {root}")
-    return [root / n for n in sorted(names, key=lambda n: hashlib.sha256(n.encode()).digest())]
+    places = {}
+    for path in root.rglob("*.py"):
+        name = path.relative_to(root)
+        if left_out.isdisjoint(name.parts) and path.stat().st_size:
+            places[hashlib.sha256(name.as_posix().encode()).digest()] = path
+    return [places[key] for key in sorted(places)]
 
 
 # -----------------------------------------------------------------------------
 # encoding: rows -> tokens, in processes of their own
 
 
-def parse_row(kind: str, column: str, is_tokenized: bool, raw):
+def parse_row(c: DatasetConfig, kind: str, vocab_size: int, raw):
     """A row's text, or its ids (n,) if `is_tokenized`. ValueError, in words, if it has none. Null is an empty row."""
     value = raw.decode() if isinstance(raw, bytes) else raw
     if kind == ".jsonl":
         value = json.loads(value)
-        if not isinstance(value, dict) or column not in value:
-            have = ", ".join(value) if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"no column {column} (column_name); found {have}")
-        value = value[column]
-    # Tables and JSON have null for a text that is not there.
-    if value is None:
-        value = [] if is_tokenized else ""
-    if not is_tokenized:
-        if not isinstance(value, str):
-            raise ValueError(f"column {column} holds {type(value).__name__}, not text")
-        value.encode()  # raises if there is a lone surrogate
-        return value
-    ids = np.array(value)
-    if ids.shape == (0,):  # numpy makes an empty list one of floats
-        ids = ids.astype(np.int64)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"column {column} holds no list of token ids (is_tokenized)")
+        if not isinstance(value, dict) or c.column_name not in value:
+            raise ValueError(f"no column {c.column_name} (column_name) in {shown(value)}")
+        value = value[c.column_name]
+    if not c.is_tokenized:
+        text = "" if value is None else value
+        if not isinstance(text, str):
+            raise ValueError(f"column {c.column_name} must hold text, not {shown(value)}")
+        text.encode()  # raises if there is a lone surrogate
+        return text
+    ids = np.array([] if value is None else value)
+    is_list = ids.ndim == 1 and (ids.dtype.kind in "iu" or not len(ids))
+    if not is_list or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        raise ValueError(f"column {c.column_name} must hold lists of ids below {vocab_size}, not {shown(value)}")
     return ids
 
 
-def parse_rows(kind: str, column: str, is_tokenized: bool, vocab_size: int, rows) -> list:
-    """[(where, raw), ...] -> texts, or ids. UserError, which says where, for the first row that has none."""
+def parse_rows(c: DatasetConfig, kind: str, vocab_size: int, rows) -> list:
+    """[(name, number, raw), ...] -> texts, or ids. UserError, which says where, for the first row that has none."""
     parsed = []
-    for where, raw in rows:
+    for name, number, raw in rows:
         try:
-            value = parse_row(kind, column, is_tokenized, raw)
-            if is_tokenized and len(value) and not 0 <= value.min() <= value.max() < vocab_size:
-                raise ValueError(
-                    f"ids from {value.min()} to {value.max()}, but the vocabulary ends at {vocab_size - 1}"
-                )
+            parsed.append(parse_row(c, kind, vocab_size, raw))
         # ValueError: also broken JSON and broken UTF-8. RecursionError: JSON nested too deep. OverflowError: huge ids.
         except (ValueError, OverflowError, RecursionError) as e:
-            raise UserError(f"{where}: {e}") from e
-        parsed.append(value)
+            raise UserError(f"{name} {number}: {e}") from e
     return parsed
 
 
@@ -1189,79 +995,81 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def encode_rows(kind: str, column: str, is_tokenized: bool, rows):
-    """A worker's task: [(where, raw), ...] -> tokens (n,) uint16; documents, empty rows and bytes of text."""
-    parsed = parse_rows(kind, column, is_tokenized, ENCODER.vocab_size, rows)
-    texts = ENCODER.decode_batch(parsed) if is_tokenized else parsed
-    try:
-        ids = parsed if is_tokenized else ENCODER.encode_batch(texts)
-    # A bare Exception of the Rust library, such as from a tokenizer without a token for what it does not know.
-    except Exception as e:
-        raise UserError(f"{rows[0][0]}, or a row after it: the tokenizer {ENCODER.name} cannot encode it: {e}") from e
-    lengths = [len(document) for document in ids]
-    if not is_tokenized:  # EOS follows each document that is not empty
-        lengths = [length + bool(text) for length, text in zip(lengths, texts, strict=True)]
-    # Filled with EOS, of which those at the ends of documents remain.
-    tokens = np.full(sum(lengths), ENCODER.eos_token_id, np.uint16)
-    start = 0
-    for document, length in zip(ids, lengths, strict=True):
-        tokens[start : start + len(document)] = document
-        start += length
-    n_bytes = sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
-    return tokens, len(lengths) - lengths.count(0), lengths.count(0), n_bytes
+def encode_rows(c: DatasetConfig, kind: str, rows):
+    """A worker's task: rows -> tokens (n,) uint16; numbers of documents, of empty rows and of bytes of text."""
+    eos = ENCODER.eos_token_id
+    parsed = parse_rows(c, kind, ENCODER.vocab_size, rows)
+    if c.is_tokenized:
+        ids = parsed
+        texts = ENCODER.decode_batch([row[row != eos].tolist() for row in ids])
+    else:
+        texts = parsed
+        # Such as with a tokenizer without a token for what it does not know.
+        with blame(f"{ENCODER.name} cannot encode {rows[0][:2]}, or a row after it"):
+            ids = ENCODER.encode_batch(texts)
+    # EOS follows each text that is not empty. Rows of ids are kept as they are.
+    end = [] if c.is_tokenized else [eos]
+    parts = [[]]
+    for row, row_ids in zip(parsed, ids, strict=True):
+        if len(row):
+            parts += [row_ids, end]
+    tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")
+    n_empty = [len(row) for row in parsed].count(0)
+    return tokens, len(rows) - n_empty, n_empty, sum(len(text.encode()) for text in texts)
 
 
-def batches(source, start: int, stop: int | None, place=None, read: int = 0):
-    """Yield ([(where, raw), ...], place after them, rows read) of rows [start, stop), after `read` rows at `place`.
+def batches(source: Source, place=(0, 0, 0)):
+    """Yield ([(name, number, raw), ...], place after them) of the rows of a split after `place`.
 
     A batch ends by its rows alone, so that shards do not depend on the number of workers.
     """
     rows = []
     size = 0
-    for after, where, raw in source.rows(place):
-        if stop is not None and read >= stop:
-            break
-        read += 1
-        place = after
-        if read > start:
-            rows.append((where, raw))
+    for after, name, raw in itertools.islice(source.rows(place), source.stop - place[0]):
+        read, _, number = after
+        if read > source.start:
+            rows.append((name, number, raw))
             size += len(raw) if hasattr(raw, "__len__") else 1
         if size >= 1 << 19 or len(rows) >= 1024:
-            yield rows, place, read
+            yield rows, after
             rows = []
             size = 0
     if rows:
-        yield rows, place, read
+        yield rows, after
 
 
-def encoded(pool, workers: int, source, is_tokenized: bool, todo):
-    """Yield (place, rows read, what encode_rows makes) of each batch, in order; few are under way at a time."""
+def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
+    """A pool of processes for encode_rows. Ctrl-C, which a terminal sends to them, too, is left to their parent."""
+    # Spawned, on every platform: a fork would copy threads and locks of this process.
+    spawn = multiprocessing.get_context("spawn")
+    parts = encoder.name, encoder.json, encoder.eos_token
+    pool = ProcessPoolExecutor(workers, spawn, initializer=begin_work, initargs=parts)
+    # A new process ignores what its parent ignores. Each of these tasks starts one.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for _ in range(workers):
+        pool.submit(int)
+    signal.signal(signal.SIGINT, before)
+    return pool
+
+
+def encoded(pool, workers: int, source: Source, place):
+    """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
     # Results come in the order of the batches, not in that in which workers finish.
     under_way = deque()
-    for rows, place, read in todo:
-        future = submit(pool, encode_rows, source.kind, source.column, is_tokenized, rows)
-        under_way.append((place, read, future))
+    for rows, after in batches(source, place):
+        under_way.append((after, pool.submit(encode_rows, source.section, source.kind, rows)))
         if len(under_way) > 2 * workers:
-            place, read, future = under_way.popleft()
-            yield place, read, future.result()
-    for place, read, future in under_way:
-        yield place, read, future.result()
+            after, future = under_way.popleft()
+            yield after, future.result()
+    for after, future in under_way:
+        yield after, future.result()
 
 
-def submit(pool, *task):
-    """pool.submit, which may start a worker. One that starts with SIGINT blocked leaves Ctrl-C to its parent."""
-    if not hasattr(signal, "pthread_sigmask"):
-        return pool.submit(*task)
-    # A new process inherits the mask; a Ctrl-C that comes now is delivered after the unblocking.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        return pool.submit(*task)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+COUNTS = "tokens", "documents", "empty_documents", "bytes"
 
 
-def write_shards(folder: Path, split: str, results, shard_tokens: int, about: dict, save) -> None:
-    """Write encoded batches into shards; save() is called when `about` has a new one.
+def write_shards(folder: Path, split: str, results, shard_tokens: int, about: dict):
+    """Write encoded batches into shards, and yield each time when `about` has a new one.
 
     A shard ends with the batch that brings it to `shard_tokens` or more: no document lies in two.
     """
@@ -1269,36 +1077,31 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, about: di
 
     shards = about["shards"]
     before = sum(entry["tokens"] for entry in shards)
-    bar = tqdm(
-        desc=split, unit=" tokens", unit_scale=True, initial=before, mininterval=1 if sys.stderr.isatty() else 30
-    )
-    with bar:
+    seconds = 1 if sys.stderr.isatty() else 30
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, initial=before, mininterval=seconds) as bar:
         for result in results:
             path = folder / f"{split}_{len(shards):06d}.bin"
-            counts = np.zeros(4, np.int64)
+            counts = np.zeros(len(COUNTS), np.int64)
             with whole_file(path) as f:
                 f.write(bytes(HEADER_BYTES))
-                while result is not None:
-                    place, read, (tokens, *others) = result
+                while result:
+                    about["place"], (tokens, *others) = result
                     f.write(tokens.astype("<u2", copy=False).data)
                     counts += [len(tokens), *others]
                     bar.update(len(tokens))
                     result = next(results, None) if counts[0] < shard_tokens else None
                 # Only now the number of tokens is known.
-                header = np.zeros(256, "<i4")
-                header[:3] = MAGIC, VERSION, counts[0]
                 f.seek(0)
-                f.write(header.data)
+                f.write(np.array([MAGIC, VERSION, counts[0]], "<i4").data)
             entry = dict(zip(COUNTS, counts.tolist(), strict=True))
             shards.append({"file": path.name, **entry, "sha256": sha256_file(path)})
-            about |= {"place": place, "read": read}
-            save()
+            yield
+    for key in COUNTS:
+        about[key] = sum(entry[key] for entry in shards)
 
 
 # -----------------------------------------------------------------------------
 # preparation
-
-COUNTS = "tokens", "documents", "empty_documents", "bytes"
 
 
 def asked(c: DatasetConfig) -> dict:
@@ -1324,178 +1127,142 @@ def digest(value) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-def found_in(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> dict:
-    """What was prepared of `configs` in `folder`, or {} if no shard is finished. UserError if it holds other data."""
+def found_in(folder: Path, here: dict) -> dict:
+    """What was prepared in `folder` by configs with the identities `here`, or {} if no shard is finished.
+
+    UserError if it holds other data.
+    """
     record = read_record(folder)
-    entries = [entry for about in record.get("splits", {}).values() for entry in about["shards"]]
-    if not record:
-        for path in (*folder.glob("*.bin"), *folder.glob("tokenizer*.json")):
-            raise UserError(f"{path} was not written by a preparation: choose another path")
+    foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer*.json")]
+    if foreign and not record:
+        raise UserError(f"{foreign[0]} was not written by a preparation: choose another path")
+    shards = [entry for about in record.get("splits", {}).values() for entry in about["shards"]]
     # Nothing is lost by beginning anew, with whatever source and config there are now.
-    if not entries:
+    if not shards:
         return {}
     # What is gone by now, such as the source of a finished folder, is not compared.
-    here = {split: identity(c, shard_tokens) for split, c in configs.items()}
     there = {split: {k: about.get(k) for k in here.get(split, about)} for split, about in record["source"].items()}
     differ = differences(there, here)
     if differ:
-        raise UserError(
-            f"{folder} was prepared from another config: {'; '.join(differ)}; choose another path or delete {folder}"
-        )
-    again = f"delete {folder} and prepare it again"
-    check_tokenizer(folder, record, again)
-    for entry in entries:
+        raise UserError(f"{folder} is of another config: {'; '.join(differ)}; choose another path or delete {folder}")
+    check_tokenizer(folder, record)
+    for entry in shards:
         path = folder / entry["file"]
-        whole = path.exists() and path.stat().st_size == HEADER_BYTES + 2 * entry["tokens"]
-        if not whole or (not record["finished"] and sha256_file(path) != entry["sha256"]):
-            raise UserError(f"the shard {path} is gone or has changed since it was written: {again}")
+        map_shard(path)
+        if not record["finished"] and sha256_file(path) != entry["sha256"]:
+            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and prepare it again")
+    if record["finished"]:
+        print(f"{folder} is already prepared")
     return record
 
 
-def prepare(sections: dict[str, DatasetConfig], model_vocab_size: int | None, workers: int, shard_tokens: int) -> None:
-    """Write the shards of all sections, each into its folder; what is there already is left alone."""
-    # train and val share a folder, unless their config says otherwise.
-    folders = {}
-    for split, c in sections.items():
-        folders.setdefault(c.folder(), {})[split] = c
-    found = {folder: found_in(folder, configs, shard_tokens) for folder, configs in folders.items()}
-    for folder, record in found.items():
-        if record.get("finished"):
-            print(f"{folder} is already prepared")
-            del folders[folder]
-    if not folders:
-        return
-    # All that can be wrong with the first rows and the tokenizer is found before anything is written.
-    opened = {split: open_source(c) for configs in folders.values() for split, c in configs.items()}
-    c = sections["train"]
-    encoder = load_encoder(c.hf_tokenizer_path) if c.hf_tokenizer_path else None
-    vocab_size = encoder.vocab_size if encoder else c.train_tokenizer_vocab_size
-    if model_vocab_size is not None and model_vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size {model_vocab_size} is smaller than the tokenizer's: set it to {vocab_size}")
-    # The first batch of each split is looked at: a wrong column or kind of row is wrong from the start.
-    for split, (source, start, stop) in opened.items():
-        rows, _, _ = next(batches(source, start, stop), ([], None, 0))
-        parsed = parse_rows(source.kind, source.column, sections[split].is_tokenized, vocab_size, rows)
-        if not any(map(len, parsed)) and len(rows) < 1024:
-            hint = "; in a .txt, lines that hold <|endoftext|> alone stand between documents" * (source.kind == ".txt")
-            raise UserError(f"{sections[split].name} holds no text in split {sections[split].split}{hint}")
-    if encoder is None:
-        encoder = trained_encoder(c, *opened["train"], found[c.folder()])
-    # Spawned workers, on every platform: a fork would copy threads and locks of this process.
-    spawn = multiprocessing.get_context("spawn")
-    parts = encoder.name, encoder.json, encoder.eos_token
-    pool = ProcessPoolExecutor(workers, spawn, initializer=begin_work, initargs=parts)
-    try:
-        for folder, configs in folders.items():
-            prepare_folder(folder, configs, opened, encoder, pool, workers, shard_tokens)
-    except KeyboardInterrupt:
-        # A second Ctrl-C while the workers end would leave the pool's threads waiting for each other.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+def first_look(source: Source, vocab_size: int) -> None:
+    """Check the first batch: a wrong column or kind of row is wrong from the start, and is found before the work."""
+    c = source.section
+    rows, _ = next(batches(source), ([], None))
+    parsed = parse_rows(c, source.kind, vocab_size, rows)
+    if not any(map(len, parsed)) and len(rows) < 1024:
+        raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
+    inline = sum(raw.count(SEPARATOR) for _, _, raw in rows) if source.kind == ".txt" else 0
+    if inline:
+        print(f"note: in {c.name}, <|endoftext|> stands {inline:,} times beside other text; {SEPARATORS}")
 
 
-def trained_encoder(c: DatasetConfig, source, start: int, stop: int | None, found: dict) -> TextEncoder:
-    """The byte-level BPE trained on the rows of the train split, or the one that an interrupted preparation trained."""
-    if found:
-        return json_encoder("trained here", (c.folder() / "tokenizer.json").read_bytes())
-    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
-    parsed = (parse_rows(source.kind, source.column, False, 0, rows) for rows, _, _ in batches(source, start, stop))
-    return json_encoder("trained here", train_bpe(parsed, c.train_tokenizer_vocab_size))
-
-
-def prepare_folder(folder: Path, configs, opened, encoder, pool, workers: int, shard_tokens: int) -> None:
+def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard_tokens: int) -> None:
     """Write the tokenizer and the shards of the splits in `configs`, or go on where an interrupted preparation was.
 
     dataset.json is written again after each shard. A kill leaves at most a shard that it does not list yet, and which
     is written again.
     """
+    here = {split: identity(c, shard_tokens) for split, c in configs.items()}
+    if found_in(folder, here).get("finished"):
+        return
+    # What is wrong with the source and the tokenizer is found before anything is written.
+    sources = {split: open_source(c) for split, c in configs.items()}
+    tokenizer_name = next(iter(configs.values())).hf_tokenizer_path  # the same for all
+    encoder = load_encoder(tokenizer_name) if tokenizer_name else None
+    for source in sources.values():
+        first_look(source, encoder.vocab_size if encoder else 0)
     folder.mkdir(parents=True, exist_ok=True)
     lock = hold(folder, "preparing", wait=True)
-    record = found_in(folder, configs, shard_tokens)  # again: another process may have been at work until now
+    record = found_in(folder, here)  # again: another process may have been at work until now
     if record.get("finished"):
-        print(f"{folder} is already prepared")
         return
-    tokenizer = {"name": encoder.name, "sha256": hashlib.sha256(encoder.json).hexdigest()}
-    tokenizer |= {"vocab_size": encoder.vocab_size, "eos_token_id": encoder.eos_token_id}
+    if not encoder:
+        encoder = trained_encoder(folder, sources["train"], bool(record))
+    tokenizer = {
+        "name": encoder.name,
+        "sha256": hashlib.sha256(encoder.json).hexdigest(),
+        "vocab_size": encoder.vocab_size,
+        "eos_token_id": encoder.eos_token_id,
+    }
     modified = {}
-    for split, c in configs.items():
+    for split, source in sources.items():
         # A source written to in between would be mixed of two versions: its size alone may not tell.
-        times = [p.stat().st_mtime_ns for p in files_named(c)]
-        # The hub's addresses hold the commit.
-        modified[split] = digest([times, [str(f) for f in opened[split][0].files if "://" in str(f)]])
-    if not record:
-        record = {"source": {split: identity(c, shard_tokens) for split, c in configs.items()}, "tokenizer": tokenizer}
-        record |= {
-            "splits": {split: {"shards": [], "place": None, "read": 0} for split in configs},
-            "modified": modified,
-            "finished": False,
-        }
-    differ = differences(record["tokenizer"], tokenizer)
-    if differ or modified != record["modified"]:
-        what = "; ".join(differ) or "its files were written to"
-        raise UserError(f"the source or the tokenizer changed since {folder} was begun: {what}; delete {folder}")
-
-    def save():
-        write_text(folder / "dataset.json", json.dumps(record, indent=1) + "\n")
-
-    save()  # first of all: it tells that the rest of the folder is ours
+        modified[split] = digest([[p.stat().st_mtime_ns for p in files_named(source.section)], source.files])
+    begun = {"tokenizer": tokenizer, "modified": modified}
+    splits = {split: {"shards": [], "place": (0, 0, 0)} for split in configs}
+    record = record or {"source": here, **begun, "splits": splits, "finished": False}
+    differ = differences({key: record[key] for key in begun}, begun)
+    if differ:
+        raise UserError(f"the source or the tokenizer changed since {folder} was begun ({differ[0]}): delete {folder}")
+    write_record(folder, record)  # first of all: it tells that the rest of the folder is ours
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
-    for split, c in configs.items():
-        source, start, stop = opened[split]
-        about = record["splits"][split]
-        todo = batches(source, start, stop, about["place"], about["read"])
-        results = encoded(pool, workers, source, c.is_tokenized, todo)
-        write_shards(folder, split, results, shard_tokens, about, save)
-        for key in COUNTS:
-            about[key] = sum(entry[key] for entry in about["shards"])
-        print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
-        if getattr(source, "inline_separators", 0):
-            print(
-                f"note: {source.inline_separators:,} lines of {c.name} end with <|endoftext|> after other text. They "
-                "are text: only a line that holds it alone stands between two documents"
-            )
+    with start_workers(workers, encoder) as pool:
+        for split, source in sources.items():
+            about = record["splits"][split]
+            results = encoded(pool, workers, source, tuple(about["place"]))
+            for _ in write_shards(folder, split, results, shard_tokens, about):
+                write_record(folder, record)
+            print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
     # The source may change from now on. How often the preparation was interrupted leaves no trace.
     for about in record["splits"].values():
-        del about["place"], about["read"]
+        del about["place"]
     del record["modified"]
-    record["finished"] = True
-    save()
+    write_record(folder, record | {"finished": True})
     if lock:
         lock.release()
 
 
+def write_record(folder: Path, record: dict) -> None:
+    """Write dataset.json."""
+    write_text(folder / "dataset.json", json.dumps(record, indent=1) + "\n")
+
+
+def trained_encoder(folder: Path, source: Source, is_kept: bool) -> TextEncoder:
+    """The byte-level BPE trained on the rows of the train split, or the one that an interrupted preparation trained."""
+    if is_kept:
+        return json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
+    c = source.section
+    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
+    texts = (parse_rows(c, source.kind, 0, rows) for rows, _ in batches(source))
+    return json_encoder("trained here", train_bpe(texts, c.train_tokenizer_vocab_size))
+
+
 # -----------------------------------------------------------------------------
-# looking at what was prepared
+# the command line
 
 
-def verify(folder: Path, prepare: str) -> None:
-    """Read again all that dataset.json vouches for; UserError names the first file that is not what it was."""
-    info = read_record(folder)
-    if not info:
-        raise UserError(f"{folder} is not prepared: run {prepare}")
-    for split, about in info["splits"].items():
-        data = Shards(folder, split, prepare)
-        for path, entry in zip(data.files, about["shards"], strict=True):
-            if sha256_file(path) != entry["sha256"]:
-                raise UserError(f"the shard {path} has changed since it was written: delete {folder} and run {prepare}")
-        print(f"{folder}: {split} is sound, {data.n_tokens:,} tokens in {len(data.files)} shards")
+def verify(folder: Path, split: str, prepare: str) -> None:
+    """Read again what dataset.json vouches for; UserError names the first file that is not what it was."""
+    data = Shards(folder, split, prepare)
+    for path, entry in zip(data.files, data.entries, strict=False):  # foreign shards have no entries
+        if sha256_file(path) != entry["sha256"]:
+            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and run {prepare}")
+    print(f"{folder}: {split} is sound, {data.n_tokens:,} tokens in {len(data.files)} shards")
 
 
 def peek(folder: Path, split: str, n: int, prepare: str) -> None:
     """Print the first n documents of a split as a model sees them: the text of their ids."""
     data = Shards(folder, split, prepare)
-    if not data.info:
-        raise UserError(f"{folder} has no dataset.json, which says where documents end: run {prepare}")
     tok = text_tokenizer((folder / "tokenizer.json").read_bytes())
+    eos = eos_of(tok, json.loads((folder / "tokenizer_config.json").read_bytes()), str(folder))
     # The first documents are in the first tokens; the rest of a large split is not read.
     tokens = data.tokens(0, min(data.n_tokens, 1 << 24))
-    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:n] + 1
-    documents = np.split(tokens[: ends[-1]] if len(ends) else tokens, ends[:-1])
-    for i, ids in enumerate(documents, 1):
+    ends = np.flatnonzero(tokens == eos)[:-1] + 1
+    for i, ids in enumerate(np.split(tokens, ends[:n])[:n], 1):
         print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 
@@ -1506,62 +1273,51 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-class ModelVocabulary(Section):
-    """The one key of the section `model` that concerns the data."""
-
-    model_config = pydantic.ConfigDict(extra="ignore")
-    vocab_size: int | None = Field(None, ge=1, description="the number of ids")
+def count(text: str) -> int:
+    """A number on the command line. A shard's header counts to 2**31, and its last batch may go beyond its size."""
+    if not 1 <= int(text) < 2**30:
+        raise ValueError
+    return int(text)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text or tokens in, shards out.")
     parser.add_argument("config", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.name=my.txt")
-    parser.add_argument(
-        "--workers", type=int, default=available_cpus(), help="processes to encode (default: all cores)"
-    )
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100M)")
+    parser.add_argument("--workers", type=count, default=available_cpus(), help="processes (default: all cores)")
+    parser.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens in a shard (default: 100M)")
     parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
-    parser.add_argument("--peek", type=int, metavar="N", help="print the first N documents of each split, decoded")
+    parser.add_argument("--peek", type=count, metavar="N", help="print the first N documents of each split, decoded")
     args = parser.parse_intermixed_args()
     # An ASCII console shows other letters as backslash escapes.
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")
-    try:
-        run(args)
-    except UserError as e:
-        sys.exit(f"prepare_data: {e}")
-    except OSError as e:
-        what = f"{e.filename or 'the disk'}: {e.strerror}"
-        sys.exit(f"prepare_data: {what}; once that is mended, the same command goes on")
-    except KeyboardInterrupt:
-        print("\nprepare_data: interrupted; the same command goes on after the last finished shard", file=sys.stderr)
-        sys.exit(130)
-
-
-def run(args) -> None:
-    """Do what the command line says."""
-    if min(args.workers, args.shard_tokens, 1 if args.peek is None else args.peek) < 1:
-        raise UserError("--workers, --shard-tokens and --peek must be at least 1")
-    if args.shard_tokens >= 2**30:
-        raise UserError(
-            f"--shard-tokens {args.shard_tokens}: at most {2**30 - 1}, since a shard's header counts to 2**31"
-        )
-    config = read_config(args.config, args.overrides)
-    sections = dataset_configs(config)
     command = f"python prepare_data.py {args.config}"
-    if args.verify:
-        for folder in dict.fromkeys(c.folder() for c in sections.values()):
-            verify(folder, command)
-    elif args.peek:
-        if hasattr(signal, "SIGPIPE"):
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` may stop reading
+    try:
+        sections = dataset_configs(read_config(args.config, args.overrides))
         for split, c in sections.items():
-            peek(c.folder(), split, args.peek, command)
-    else:
-        model = validated(ModelVocabulary, config.get("model") or {}, "model.")
-        prepare(sections, model.vocab_size, args.workers, args.shard_tokens)
+            if args.verify:
+                verify(c.folder(), split, command)
+            if args.peek:
+                peek(c.folder(), split, args.peek, command)
+        if not args.verify and not args.peek:
+            # train and val share a folder, unless their config says otherwise.
+            folders = {}
+            for split, c in sections.items():
+                folders.setdefault(c.folder(), {})[split] = c
+            for folder, configs in folders.items():
+                prepare(folder, configs, args.workers, args.shard_tokens)
+    # What a user or a machine did: what is on disk is whole, and the same command goes on.
+    except (UserError, OSError, ImportError) as e:
+        sys.exit(f"prepare_data: {e}")
+
+
+def interrupted(signum, frame) -> None:
+    """End at once on Ctrl-C: files are whole, or hidden ones that the next start overwrites, and the workers end."""
+    os.write(2, b"\nprepare_data: interrupted; the same command goes on after the last finished shard\n")
+    os._exit(130)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, interrupted)
     main()

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from functools import partial
 from pathlib import Path
 
@@ -41,39 +42,27 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
 
-def device() -> str:
-    """What the figures were measured on."""
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    name = cpuinfo.read_text().split("model name\t: ")[1].split("\n")[0] if cpuinfo.exists() else platform.machine()
-    return f"{name}, {prepare_data.available_cpus()} cores"
-
-
-def seconds(action) -> float:
-    began = time.perf_counter()
-    action()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
 def medians(ways: dict, rounds: int, warm_up: int = 0) -> dict[str, float]:
     """The median seconds of each of {name: function} over interleaved rounds, after some that are not counted."""
     times = {name: [] for name in ways}
-    for i in range(warm_up + rounds):
+    for _ in range(warm_up + rounds):
         for name, way in ways.items():
-            took = seconds(way)
-            if i >= warm_up:
-                times[name].append(took)
-    return {name: statistics.median(t) for name, t in times.items()}
+            began = time.perf_counter()
+            way()
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t[warm_up:]) for name, t in times.items()}
 
 
-def table(title: str, rows: list[tuple[str, str, str]]) -> None:
-    """Print rows of (what, figure, ratio)."""
-    print(f"\n{title}\n{device()}, Python {platform.python_version()}, torch {torch.__version__}\n")
-    for what, figure, ratio in [("", "", "ratio"), *rows]:
-        print(f"  {what:<54}{figure:>18}{ratio:>8}")
+def table(title: str, figures: dict[str, float], unit: str) -> None:
+    """Print {what: figure}, each with its ratio over the first; `unit` is a format such as "{:.1f} ms"."""
+    machine = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{prepare_data.available_cpus()} CPU cores"
+    print(f"\n{title}\n{machine}, Python {platform.python_version()}, torch {torch.__version__}\n")
+    print(f"{'ratio':>82}")
+    first = next(iter(figures.values()))
+    for what, figure in figures.items():
+        print(f"  {what:<54}{unit.format(figure):>18}{figure / first:>8.2f}")
 
 
 # -----------------------------------------------------------------------------
@@ -96,21 +85,22 @@ def transformers_llama(c):
 
 
 class Step:
-    """One update of the model `name` of STEPS: forward, backward, clipping and fused AdamW."""
+    """One update of the model `name` of STEPS on one batch: forward, backward, clipping and fused AdamW."""
 
-    def __init__(self, name: str, changes: list[str], sequences: int):
-        self.c = c = train.load_config(ROOT / CONFIG, changes).model
+    def __init__(self, name: str, changes: list[str], sequences: int, config=CONFIG, device: str = DEVICE):
+        self.c = c = train.load_config(ROOT / config, changes).model
         c.flash_attention = name != SPD
+        self.device = device
         self.ours = name.startswith(OURS)
         self.return_logits = "all logits" in name
         self.model = MODEL_CLASSES[c.model_type](c) if self.ours else transformers_llama(c)
-        self.model.to(DEVICE)
+        self.model.to(device)
         self.forward = torch.compile(self.model, dynamic=False) if name.endswith("compiled") else self.model
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=3e-4, fused=True)
-        self.x = torch.randint(0, c.vocab_size, (sequences, c.block_size), device=DEVICE)
+        self.x = torch.randint(0, c.vocab_size, (sequences, c.block_size), device=device)
 
     def __call__(self) -> None:
-        with torch.autocast(DEVICE, DTYPE, enabled=DEVICE == "cuda"):
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
             if self.ours:
                 loss = self.forward(self.x, self.x, return_logits=self.return_logits)[1]
             else:
@@ -121,35 +111,15 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
 
 
-class MatrixProducts:
-    """The matrix products of a step alone, into memory that exists already: forward, and twice that backward."""
-
-    def __init__(self, step: Step):
-        c, N = step.c, step.x.numel()
-        heads, T, hs = len(step.x) * c.n_head, c.block_size, c.n_embd // c.n_head
-        sizes = [(1, N, m.in_features, m.out_features) for m in step.model.modules() if isinstance(m, torch.nn.Linear)]
-        sizes += c.n_layer * [(heads, T, hs, T), (heads, T, T, hs)]
-        self.products = []
-        for n, rows, inner, columns in sizes:
-            shapes = (n, rows, inner), (n, inner, columns), (n, rows, columns)
-            self.products.append([torch.randn(shape, device=DEVICE, dtype=DTYPE) for shape in shapes])
-
-    def __call__(self) -> None:
-        for a, b, ab in self.products:
-            torch.bmm(a, b, out=ab)
-            torch.bmm(ab, b.mT, out=a)
-            torch.bmm(a.mT, ab, out=b)
-
-
 def bench_step(_) -> None:
     """Tokens a second of a training step."""
     has_transformers = importlib.util.find_spec("transformers") is not None
     steps = {name: Step(name, [], SEQUENCES) for name in STEPS if has_transformers or name.startswith(OURS)}
-    ours = steps[OURS]
-    took = medians(steps | {"the step's matrix products alone": MatrixProducts(ours)}, STEP_ROUNDS, warm_up=2)
-    rows = [(name, f"{ours.x.numel() / t:,.0f} tokens/s", f"{took[OURS] / t:.2f}") for name, t in took.items()]
+    ours, took = steps[OURS], medians(steps, STEP_ROUNDS, warm_up=2)
+    rates = {name: ours.x.numel() / t for name, t in took.items()}
+    rates["large matrix products"] = train.matrix_rate(torch.device(DEVICE), DTYPE) / ours.model.flops_per_token()
     what = f"{SEQUENCES} sequences of {ours.c.block_size}, {str(DTYPE)[6:]}, medians of {STEP_ROUNDS} rounds"
-    table(f"a step of {CONFIG}, {what}; ratio: its rate over ours", rows)
+    table(f"a step of {CONFIG}, {what}", rates, "{:,.0f} tokens/s")
 
 
 def peak_of(name: str, changes: list[str], sequences: int) -> float:
@@ -169,8 +139,7 @@ def bench_memory(_) -> None:
     for name in STEPS[:4]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = pool.apply(peak_of, (name, changes, SEQUENCES // 2))
-    rows = [(name, f"{peak:,.0f} MB", f"{peak / peaks[OURS]:.2f}") for name, peak in peaks.items()]
-    table(f"peak memory of a step of {CONFIG}, {changes[0]}, {SEQUENCES // 2} sequences", rows)
+    table(f"peak memory of a step of {CONFIG}, {changes[0]}, {SEQUENCES // 2} sequences", peaks, "{:,.0f} MB")
 
 
 # -----------------------------------------------------------------------------
@@ -202,20 +171,10 @@ def trained(folder: Path, options: list[str], ranks: int = 1, **env) -> tuple[li
 
 
 def bare_rate(overrides: list[str]) -> float:
-    """Tokens/s of the same updates on one batch in memory: forward, backward, clipping, AdamW, nothing else."""
-    c = train.load_config(QUICKSTART, overrides)
-    model = MODEL_CLASSES[c.model.model_type](c.model)
-    optimizer = model.configure_optimizers(c.weight_decay, c.learning_rate, c.betas, "cpu")
-    idx = torch.randint(c.model.vocab_size, (c.batch_size, c.model.block_size + 1))
-    for s in range(LOOP_UPDATES):
-        if s == LOOP_UPDATES // 2:
-            began = time.perf_counter()
-        _, loss = model(idx[:, :-1], idx[:, 1:], return_logits=False)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return (LOOP_UPDATES - LOOP_UPDATES // 2) * c.batch_size * c.model.block_size / (time.perf_counter() - began)
+    """Tokens/s of the same updates without train.py's loop."""
+    step = Step(OURS, overrides, train.load_config(QUICKSTART, overrides).batch_size, QUICKSTART, "cpu")
+    took = [timeit.timeit(step, number=LOOP_UPDATES // 2) for _ in range(2)]
+    return LOOP_UPDATES // 2 * step.x.numel() / took[1]
 
 
 def bench_loop(folder: Path) -> None:
@@ -223,44 +182,36 @@ def bench_loop(folder: Path) -> None:
     options = quickstart(folder)
     half = [*options, f"train_log_every={LOOP_UPDATES // 2}"]
     saving = [*options, "train_log_every=1", "checkpoint_every=10", "keep_optimizer=true"]
-    rates = {"bare": [], "loop": [], "ranks": []}
-    checkpoint, plain = [], []
+    bare, loop, two = "the bare step, all threads", "train.py, all threads", "train.py, 2 ranks of 1 thread"
+    plain, saved = "an update", "an update after which both files are saved"
+    rates, times = {bare: [], loop: [], two: []}, {plain: [], saved: []}
     for _ in range(ROUNDS):
         with multiprocessing.get_context("spawn").Pool(1) as pool:  # a process of its own, as train.py has
-            rates["bare"].append(pool.apply(bare_rate, (options,)))
-        rates["loop"].append(trained(folder, half)[1])
-        rates["ranks"].append(trained(folder, half, 2, OMP_NUM_THREADS="1")[1])
-        took = np.diff(trained(folder, saving)[0])  # took[i] is update i + 2's, with the saving after update i + 1
-        checkpoint += took[9 : LOOP_UPDATES - 2 : 10].tolist()
-        plain += np.delete(took, slice(9, None, 10)).tolist()
-    bare, loop, ranks = (statistics.median(r) for r in rates.values())
-    plain, checkpoint = 1000 * statistics.median(plain), 1000 * statistics.median(checkpoint)
-    rows = [
-        ("the bare step, all threads", f"{bare:,.0f} tokens/s", "1.00"),
-        ("train.py, all threads", f"{loop:,.0f} tokens/s", f"{loop / bare:.2f}"),
-        ("train.py, 2 ranks of 1 thread", f"{ranks:,.0f} tokens/s", f"{ranks / bare:.2f}"),
-        ("an update", f"{plain:.1f} ms", "1.00"),
-        ("an update after which both files are saved", f"{checkpoint:.1f} ms", f"{checkpoint / plain:.2f}"),
-    ]
-    table(f"the loop, on the quick start's model and data, not compiled, medians of {ROUNDS} rounds", rows)
+            rates[bare].append(pool.apply(bare_rate, (options,)))
+        rates[loop].append(trained(folder, half)[1])
+        rates[two].append(trained(folder, half, 2, OMP_NUM_THREADS="1")[1])
+        took = 1000 * np.diff(trained(folder, saving)[0])  # took[i]: update i + 2, after the saving of update i + 1
+        times[saved] += took[9 : LOOP_UPDATES - 2 : 10].tolist()
+        times[plain] += np.delete(took, slice(9, None, 10)).tolist()
+    title = f"the loop, on the quick start's model and data, not compiled, medians of {ROUNDS} rounds"
+    table(title, {name: statistics.median(r) for name, r in rates.items()}, "{:,.0f} tokens/s")
+    table(title, {name: statistics.median(t) for name, t in times.items()}, "{:.1f} ms")
 
 
 def bench_start(folder: Path) -> None:
     """From the command to its effect: imports, the first update, the first compiled update twice."""
     options = [*quickstart(folder), "num_iterations=1"]
-    times = {}
+    ways, times = {}, {}
+    for code in ("import torch", "import models", "import run_info"):
+        ways[code] = partial(subprocess.run, [sys.executable, "-c", code], check=True, cwd=ROOT)
     for i in range(ROUNDS):
-        for code in ("import torch", "import models", "import run_info"):
-            run = partial(subprocess.run, [sys.executable, "-c", code], check=True, cwd=ROOT)
-            times.setdefault(code, []).append(seconds(run))
         cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / f"cache{i}")}
         for name in ("first update", "first update, compiled, no cache", "first update, compiled, from the cache"):
             began = time.monotonic()
             first = trained(folder, [*options, f"compile={'compiled' in name}"], **cache)[0][0]
             times.setdefault(f"train.py to its {name}", []).append(first - began)
-    took = {name: statistics.median(t) for name, t in times.items()}
-    rows = [(name, f"{t:.2f} s", f"{t / took['import torch']:.2f}") for name, t in took.items()]
-    table(f"the start, medians of {ROUNDS} rounds; ratio: over importing torch", rows)
+    took = medians(ways, ROUNDS) | {name: statistics.median(t) for name, t in times.items()}
+    table(f"the start, medians of {ROUNDS} rounds", took, "{:.2f} s")
 
 
 # -----------------------------------------------------------------------------
@@ -272,22 +223,17 @@ def bench_loader(folder: Path) -> None:
     section = prepare_data.DatasetConfig(name="x", n_ctx=513)
     header = np.zeros(256, "<i4")
     header[:3] = 20240520, 1, 100_000_000
-    streams, times = {}, {3: [], 3000: []}
-    for n in times:
+    ways = {}
+    for n in (3, 3000):
         (folder / str(n)).mkdir()
         for i in range(n):
             with open(folder / str(n) / f"train_{i:06d}.bin", "wb") as f:
                 f.write(header.tobytes())
                 f.truncate(header.nbytes + 200_000_000)
-        streams[n] = prepare_data.TrainingStream(prepare_data.Shards(folder / str(n), "train", ""), section, 0)
-    for i in range(LOADER_ROUNDS):
-        positions = np.arange(i * 1024, (i + 1) * 1024)
-        for n, stream in streams.items():
-            stream.read(positions)  # the page cache is warm after this
-            times[n].append(seconds(partial(stream.read, positions)))
-    took = {n: statistics.median(t) for n, t in times.items()}
-    rows = [(f"{n:,} shards", f"{1000 * t:.1f} ms", f"{t / took[3]:.2f}") for n, t in took.items()]
-    table(f"a batch of 1,024 windows of 513 tokens, order included, medians of {LOADER_ROUNDS} rounds", rows)
+        stream = prepare_data.TrainingStream(prepare_data.Shards(folder / str(n), "train", ""), section, 0)
+        ways[f"{n:,} shards"] = partial(stream.read, np.arange(1024))
+    took = {name: 1000 * t for name, t in medians(ways, LOADER_ROUNDS, warm_up=1).items()}
+    table(f"a batch, order included, from warm files, medians of {LOADER_ROUNDS} rounds", took, "{:.1f} ms")
 
 
 def stdlib_texts() -> list[str]:
@@ -302,26 +248,10 @@ def stdlib_texts() -> list[str]:
     return texts
 
 
-def write_sources(folder: Path, texts: list[str], ids: list) -> dict[str, dict]:
-    """The same documents in each form that prepare_data.py reads: {what it is: keys of its section}."""
-    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    (folder / "docs.txt").write_text("\n<|endoftext|>\n".join(texts))
-    sources = {".jsonl": {"name": str(folder / "docs.jsonl")}, ".txt": {"name": str(folder / "docs.txt")}}
-    if importlib.util.find_spec("pyarrow"):
-        import pyarrow as pa
-        from pyarrow import parquet
-
-        parquet.write_table(pa.table({"text": texts}), folder / "text.parquet", row_group_size=1000)
-        parquet.write_table(pa.table({"ids": ids}), folder / "ids.parquet", row_group_size=1000)
-        sources["parquet, text"] = {"name": str(folder / "text.parquet")}
-        tokens = {"column_name": "ids", "is_tokenized": True}
-        sources["parquet, token ids"] = {"name": str(folder / "ids.parquet")} | tokens
-    return sources
-
-
-def prepare(folder: Path, keys: dict, workers: int) -> None:
+def prepare(folder: Path, workers: int) -> None:
     """Run prepare_data.py, as a user does, into a folder that is deleted again."""
-    section = keys | {"hf_tokenizer_path": TOKENIZER, "n_ctx": 513, "path": str(folder / "out")}
+    section = {"name": str(folder / "docs.jsonl"), "path": str(folder / "out"), "n_ctx": 513}
+    section |= {"hf_tokenizer_path": TOKENIZER}
     sections = {"train_dataset_config": section, "val_dataset_config": section | {"split": "train[:1]"}}
     (folder / "c.yaml").write_text(yaml.safe_dump(sections))
     command = [sys.executable, ROOT / "prepare_data.py", folder / "c.yaml", "--workers", str(workers)]
@@ -347,20 +277,20 @@ def usual(folder: Path, encoder, workers: int) -> None:
 
 
 def bench_prepare(folder: Path) -> None:
-    """prepare_data.py on each kind of source against the encoder alone, and against datasets.map."""
+    """prepare_data.py against the encoder alone, and against datasets.map."""
     texts, workers = stdlib_texts(), prepare_data.available_cpus()
+    (folder / "docs.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     encoder = prepare_data.load_encoder(TOKENIZER)
-    ids = [list(map(int, part)) for part in encoder.encode_batch(texts)]
-    sources, tokens = write_sources(folder, texts, ids), sum(map(len, ids)) + len(ids)
-    ways = {what: partial(prepare, folder, keys, workers) for what, keys in sources.items()}
+    tokens = sum(map(len, encoder.encode_batch(texts))) + len(texts)
     share = texts[: len(texts) // workers]  # what one of several workers gets
     chunks = [share[i : i + 64] for i in range(0, len(share), 64)]
+    ways = {"prepare_data.py": partial(prepare, folder, workers)}
     ways["the encoder alone, on as many cores"] = lambda: [encoder.encode_batch(chunk) for chunk in chunks]
     if importlib.util.find_spec("datasets") and importlib.util.find_spec("transformers"):
         ways["datasets.map, batched, as many processes"] = partial(usual, folder, encoder, workers)
-    took = medians(ways, ROUNDS)
-    rows = [(what, f"{tokens / t:,.0f} tokens/s", f"{took['.jsonl'] / t:.2f}") for what, t in took.items()]
-    table(f"preparing {len(texts):,} documents, {tokens:,} tokens, {TOKENIZER}, {workers} workers", rows)
+    rates = {what: tokens / t for what, t in medians(ways, ROUNDS).items()}
+    title = f"preparing {len(texts):,} documents, {tokens:,} tokens, {TOKENIZER}, {workers} workers"
+    table(title, rates, "{:,.0f} tokens/s")
 
 
 BENCHMARKS = {"step": bench_step, "memory": bench_memory, "loop": bench_loop}

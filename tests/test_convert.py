@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,6 @@ import torch
 import yaml
 from helpers import NASTY, ROOT, bpe_json, environment, reference, run, tree, wordpiece_json, write_files
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 import convert
 import models
@@ -30,8 +28,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 
 SHAPE = {"block_size": 12, "vocab_size": 610, "n_layer": 2, "n_head": 4, "n_embd": 32}
 LLAMA = {"n_ctx": 12, "n_intermediate": 40, "n_key_value_heads": 2, "rotary_dim": 8}
-BIASED = {"attn_bias": True, "mlp_bias": True}
-ADJACENT = {"rotary_adjacent_pairs": True} | BIASED
+ADJACENT = {"rotary_adjacent_pairs": True, "attn_bias": True, "mlp_bias": True}
 MERGED = {"use_grouped_query_attention": False}
 KINDS = {
     "GPT2": {},
@@ -39,15 +36,13 @@ KINDS = {
     "Llama": {"rotary_base": 500000},
     "Llama one key head": {"n_key_value_heads": 1, "rms_norm_eps": 1e-2},
     "Llama adjacent": ADJACENT,
-    "Llama merged": MERGED | BIASED,
-    "LlamaSimple": {"attn_bias": True, "rms_norm_eps": 1e-5},
-    "LlamaSimple all key heads": {"n_key_value_heads": 4, "mlp_bias": True},
+    "Llama merged": MERGED | {"attn_bias": True},
+    "LlamaSimple": {"n_key_value_heads": 4, "mlp_bias": True, "rms_norm_eps": 1e-5},
     "LlamaSimple adjacent merged": ADJACENT | MERGED,
     "LlamaSimpleMLP": {},
     "LlamaSimpleMLP adjacent": {"rotary_base": 500000} | ADJACENT,
     "LlamaSimpleMLP merged": {"flash_attention": False} | MERGED,
 }
-HF_CLASSES = {"gpt2": ("GPT2", "GPT2Simple"), "llama": ("Llama", "LlamaSimple"), "arcee": ("LlamaSimpleMLP",)}
 BPE = bpe_json()
 AutoModel = transformers.AutoModelForCausalLM
 
@@ -112,24 +107,21 @@ def test_hugging_face_computes_the_same_and_is_read_back(exported, kind):
     assert_same(logits(hf, tokens()), ours)
     assert_same(logits(hf.train(), tokens()), ours)
     assert hf.num_parameters() == sum(p.numel() for p in model.parameters())
-    with torch.no_grad():
-        theirs = hf.eval().generate(tokens(1, 4), max_new_tokens=8, do_sample=False, eos_token_id=-1)
+    theirs = hf.eval().generate(tokens(1, 4), max_new_tokens=8, do_sample=False, eos_token_id=-1)
     assert torch.equal(theirs, model.generate(tokens(1, 4), 8, temperature=0))
     said, c = json.loads((folder / "config.json").read_text()), model.config  # for llama.cpp, and transformers 4
     assert said["n_ctx"] == 12 if kind.startswith("GPT2") else said["rope_theta"] == c.rotary_base
-    for name in HF_CLASSES[hf.config.model_type]:
+    for name in [name for name, kind_there in convert.HF_TYPES.items() if kind_there == hf.config.model_type]:
         loaded = MODEL_CLASSES[name].from_pretrained(str(folder))
-        assert type(loaded) is MODEL_CLASSES[name] and not loaded.training
         assert_same(logits(loaded, tokens()), ours)
         if type(loaded) is type(model) and "adjacent" not in kind and "merged" not in kind:
             assert loaded.config == dataclasses.replace(c, flash_attention=True)
             torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-SPELLED = [(BPE, "<|endoftext|>", 1), (BPE, "<|padding|>", 0), (wordpiece_json(), "[EOS]", 1)]
-
-
-@pytest.mark.parametrize("spelled, eos, eos_id", SPELLED)
+@pytest.mark.parametrize(
+    "spelled, eos, eos_id", [(BPE, "<|endoftext|>", 1), (BPE, "<|padding|>", 0), (wordpiece_json(), "[EOS]", 1)]
+)
 def test_the_tokenizer_has_the_ids_of_training(tmp_path, spelled, eos, eos_id):
     """And the EOS that the run recorded, also where its tokenizer has two that could be it."""
     ours = PretrainRunInfo.from_path(write_run(tmp_path / "run", random_model("LlamaSimpleMLP"), spelled, eos))
@@ -143,8 +135,8 @@ def test_the_tokenizer_has_the_ids_of_training(tmp_path, spelled, eos, eos_id):
         end = part.from_pretrained(tmp_path / "hf")
         assert (end.bos_token_id, end.eos_token_id) == (eos_id, eos_id)
     assert (theirs.pad_token_id, theirs.model_max_length) == (eos_id, SHAPE["block_size"])
-    said = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())  # transformers 4 knows this class
-    assert said["tokenizer_class"] == "PreTrainedTokenizerFast" and said["split_special_tokens"] is True
+    # transformers 4 knows this class
+    assert '"PreTrainedTokenizerFast"' in (tmp_path / "hf" / "tokenizer_config.json").read_text()
 
 
 @pytest.mark.parametrize("kind", ["GPT2Simple", "Llama adjacent", "LlamaSimpleMLP"])
@@ -157,15 +149,13 @@ def test_a_pipeline_and_a_trainer_take_it(exported, tmp_path, kind):
     expected = model.generate(ids, 12 - len(ids), temperature=0, eos_token_id=1)
     out = pipe("ab<|", max_new_tokens=12 - len(ids), do_sample=False)
     assert out[0]["generated_text"] == tok.decode(expected.tolist())
-
     rows = [{"input_ids": row} for row in tokens(4).tolist()]
     collate = transformers.DataCollatorForLanguageModeling(pipe.tokenizer, mlm=False)
     labels = tokens(4)[:, 1:].masked_fill(tokens(4)[:, 1:] == 1, -1)  # the collator takes EOS, its padding, out
     assert_same(pipe.model(**collate(rows)).loss, model(tokens(4)[:, :-1], labels)[1])
     args = transformers.TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     transformers.Trainer(pipe.model, args, train_dataset=rows, data_collator=collate).train()
-    before = AutoModel.from_pretrained(folder).parameters()
-    assert not any(torch.equal(a, b) for a, b in zip(before, pipe.model.parameters(), strict=True))
+    assert not torch.equal(pipe.model.lm_head.weight, AutoModel.from_pretrained(folder).lm_head.weight)
 
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama one key head", "LlamaSimpleMLP", "LlamaSimpleMLP adjacent"])
@@ -173,14 +163,9 @@ def test_transformer_lens_computes_the_same_and_its_hooks_fire(exported, kind):
     bridge = pytest.importorskip("transformer_lens.model_bridge", reason="needs transformer-lens", exc_type=ImportError)
     folder, model = exported(kind)
     hooked, idx = bridge.TransformerBridge.boot_transformers(str(folder), device="cpu"), tokens()
-    name = f"blocks.{SHAPE['n_layer'] - 1}.hook_resid_post"
-    with torch.no_grad():
-        theirs, cache = hooked.run_with_cache(idx)
-        assert_same(theirs, logits(model, idx), 1e-4)
-        assert_same(model.lm_head(model.ln_f(cache[name])), logits(model, idx), 1e-4)
-        zeroed = hooked.run_with_hooks(idx, fwd_hooks=[(name, lambda x, hook: torch.zeros_like(x))])
-        assert_same(zeroed, model.lm_head(model.ln_f(torch.zeros(3, 12, 32))), 1e-4)
-    assert hooked.to_tokens("a<|endoftext|>b").tolist()[0][0] == hooked.tokenizer.bos_token_id == 1
+    assert_same(hooked(idx), model(idx)[0], 1e-4)
+    zeroed = hooked.run_with_hooks(idx, fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: 0 * x)])
+    assert_same(zeroed, model.lm_head(model.ln_f(torch.zeros(3, 12, 32))), 1e-4)
 
 
 class Fork(models.LlamaSimpleMLP):
@@ -191,9 +176,8 @@ class Fork(models.LlamaSimpleMLP):
         if self.kind == "Extra":
             self.h[0].attn.q_norm = torch.nn.LayerNorm(8)
 
-    def forward(self, *args, **options):
-        logits, loss = super().forward(*args, **options)
-        return (2 * logits if self.kind == "Scaled" and logits is not None else logits), loss
+        if self.kind == "Scaled":
+            self.ln_f.register_forward_hook(lambda module, args, out: 2 * out)
 
 
 @pytest.mark.parametrize("kind, name, says", [("Extra", "", "q_norm"), ("Scaled", "", "differ"), ("", "X", "X")])
@@ -203,6 +187,9 @@ def test_a_fork_that_hugging_face_cannot_express_is_refused(tmp_path, monkeypatc
     info = PretrainRunInfo.from_path(write_run(tmp_path / "run", random_model("LlamaSimpleMLP")))
     with pytest.raises(UserError, match=says):
         export_hf(info, tmp_path / "hf")
+    if kind == "Extra":
+        with pytest.raises(UserError, match=says):
+            export_param_decomp(info, tmp_path / "data", None)
     assert os.listdir(tmp_path) == ["run"]
 
 
@@ -214,23 +201,19 @@ def test_an_export_is_whole_or_not_there(tmp_path, monkeypatch, capsys):
         with pytest.raises(ZeroDivisionError):
             export_hf(info, tmp_path / "new" / "deep")
     monkeypatch.chdir(tmp_path)
-    for args, says in ((["run"], "exists"), (["x", "--step", "4"], "step 4"), (["x", "--as", "a/b"], "--param-decomp")):
+    for args, says in ((["run"], "exists"), (["x", "--step", "4"], "step_4"), (["x", "--as", "a/b"], "--param-decomp")):
         monkeypatch.setattr(sys, "argv", ["convert.py", "run", "--hf", *args])
         with pytest.raises(SystemExit) as e:
             convert.main()
         assert says in f"{e.value} {capsys.readouterr().err}"
     assert tree(tmp_path) == before and not (tmp_path / "new" / "deep").exists()
-    (tmp_path / "empty").mkdir()
-    assert run("convert.py", tmp_path / "run", "--hf", tmp_path / "empty", "--step", "3").returncode == 0
-    AutoModel.from_pretrained(tmp_path / "empty")
-    assert not list(tmp_path.glob(".*"))
+    assert run("convert.py", tmp_path / "run", "--hf", tmp_path / "x", "--step", "3").returncode == 0
+    assert not models.GPT2.from_pretrained(tmp_path / "x").training and not list(tmp_path.glob(".*"))
 
 
 CHANGES = [  # kind, field of config.json, value, the word that the sentence contains
     ("GPT2", "activation_function", "gelu", "activation_function"),
     ("GPT2", "tie_word_embeddings", False, "tie_word_embeddings"),
-    ("GPT2", "n_positions", 0, "block_size"),
-    ("Llama", "hidden_act", "gelu", "hidden_act"),
     ("Llama", "rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}, "rope_parameters"),
     ("Llama", "rope_parameters", {"rope_type": "default", "rope_theta": 10000.5}, "rotary_base"),
     ("Llama", "sliding_window", 4, "sliding_window"),
@@ -240,94 +223,61 @@ CHANGES = [  # kind, field of config.json, value, the word that the sentence con
 
 @pytest.mark.parametrize("kind, field, value, says", CHANGES)
 def test_a_config_that_ours_cannot_say_is_refused(exported, tmp_path, kind, field, value, says):
-    shutil.copytree(exported(kind)[0], tmp_path / "hf")
-    path = tmp_path / "hf" / "config.json"
-    given = json.loads(path.read_text())
-    path.write_text(json.dumps(given | {field: value}))
+    path = shutil.copytree(exported(kind)[0], tmp_path / "hf") / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
     with pytest.raises(UserError, match=rf"\bhf\b.*\b{says}\b"):
         MODEL_CLASSES[kind].from_pretrained(tmp_path / "hf")
 
 
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.0.self_attn.extra.weight", "lm_head.weight"])
 def test_weights_that_are_not_all_there_are_refused(exported, tmp_path, name):
-    """One is missing, one unknown, one should be tied."""
-    shutil.copytree(exported("LlamaSimpleMLP")[0], tmp_path / "hf")
-    state = load_file(tmp_path / "hf" / "model.safetensors")
+    path = shutil.copytree(exported("LlamaSimpleMLP")[0], tmp_path / "hf") / "model.safetensors"
+    state = load_file(path)
     state = {k: x for k, x in state.items() if k != name} if name in state else state | {name: torch.ones(610, 32)}
-    save_file(state, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    save_file(state, path, {"format": "pt"})
     with pytest.raises(UserError, match=name):
         models.LlamaSimpleMLP.from_pretrained(tmp_path / "hf")
 
 
 def test_ids_on_the_hub(tmp_path):
-    """From a cache as the hub's client keeps it, offline; the file is laid out as the hub's gpt2: no prefix, masks."""
-    config = transformers.GPT2Config(vocab_size=90, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+    """From a cache as the hub's client keeps it, offline; laid out as the hub's gpt2: no prefix, and masks."""
+    config = transformers.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=2)
     hf = transformers.GPT2LMHeadModel(config).eval()
     state = {k.removeprefix("transformer."): v for k, v in hf.state_dict().items() if k != "lm_head.weight"}
     state |= {f"h.{i}.attn.bias": torch.ones(64, 64).tril()[None, None] for i in range(2)}
-    for repo in ("gpt2", "org--mine"):
-        files = tmp_path / "hub" / f"models--{repo}" / "snapshots" / ("0" * 40)
-        hf.config.save_pretrained(files)
-        write_files(files.parent.parent, {"refs/main": "0" * 40})
-        save_file(state, files / "model.safetensors", {"format": "pt"})
-    code = "import models, torch\nfor name in ('gpt2', 'org/mine', 'out/missing'):\n"
-    code += "    torch.save(models.GPT2.from_pretrained(name)(torch.arange(30)[None])[0], name[-4:])"
+    files = tmp_path / "hub" / "models--org--mine" / "snapshots" / ("0" * 40)
+    hf.config.save_pretrained(files)
+    write_files(files.parent.parent, {"refs/main": "0" * 40})
+    save_file(state, files / "model.safetensors", {"format": "pt"})
+    code = "import models, torch\nfor name in ('org/mine', 'out/missing'):\n"
+    code += "    torch.save(models.GPT2.from_pretrained(name)(torch.arange(30)[None])[0], 'logits')"
     env = environment({"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)})
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert "UserError: out/missing is no run, nor can Hugging Face load it: " in done.stderr
-    assert_same(torch.load(tmp_path / "gpt2"), logits(hf, torch.arange(30)[None]))
-    assert_same(torch.load(tmp_path / "mine"), logits(hf, torch.arange(30)[None]))
+    assert_same(torch.load(tmp_path / "logits"), logits(hf, torch.arange(30)[None]))
 
 
-def their_logits(folder: Path, idx):
-    """What param-decomp computes of an entry, written from its contract alone. idx (B, T) -> (B, T, V)."""
-    (path,) = folder.glob("model_step_*.safetensors")  # exactly one
-    w, c = load_file(path), yaml.safe_load((folder / "model_config.yaml").read_text())
-    assert c["rotary_dim"] == c["n_embd"] // c["n_head"] and c["model_type"] == "LlamaSimpleMLP"
-    assert {x.dtype for x in w.values()} == {torch.float32} and "lm_head.weight" not in w
-    hd, T, eps = c["rotary_dim"], idx.shape[1], c["rms_norm_eps"]
-    angles = torch.arange(T)[:, None] * c["rotary_base"] ** (-torch.arange(0, hd, 2) / hd)  # (T, hd / 2)
-    angles = torch.cat((angles, angles), -1)
-    x = w["wte.weight"][idx]
-    for i in range(c["n_layer"]):
-        y, heads = F.rms_norm(x, x.shape[-1:], w[f"h.{i}.rms_1.weight"], eps), {}
-        for part in "qkv":
-            z = (y @ w[f"h.{i}.attn.{part}_proj.weight"].T).unflatten(-1, (-1, hd)).transpose(1, 2)
-            a, b = z.chunk(2, -1)
-            heads[part] = z if part == "v" else z * angles.cos() + torch.cat((-b, a), -1) * angles.sin()
-        y = F.scaled_dot_product_attention(*heads.values(), is_causal=True, enable_gqa=True)
-        x = x + y.transpose(1, 2).flatten(2) @ w[f"h.{i}.attn.o_proj.weight"].T
-        y = F.rms_norm(x, x.shape[-1:], w[f"h.{i}.rms_2.weight"], eps) @ w[f"h.{i}.mlp.c_fc.weight"].T
-        x = x + F.gelu(y, approximate="tanh") @ w[f"h.{i}.mlp.down_proj.weight"].T
-    return F.rms_norm(x, x.shape[-1:], w["ln_f.weight"], eps) @ w["wte.weight"].T
-
-
-def test_param_decomp_computes_the_same(tmp_path):
+def test_param_decomp_gets_the_weights_and_the_shape(tmp_path):
     model = random_model("LlamaSimpleMLP", rotary_base=500, rotary_dim=4)
     folder, cache = write_run(tmp_path / "run", model), tmp_path / "root" / "pretrain_cache"
     entry = cache / "tales-0a1b2c3d"
     write_files(entry, {"model_step_1.safetensors": "stale"})
     done = run("convert.py", folder, "--param-decomp", tmp_path / "root", "--as", "tales/0a1b2c3d")
     said = yaml.safe_load(done.stdout.partition("\n")[2])["target"]["spec"]
-    assert said["run_path"].split("/")[1:] == ["tales", "0a1b2c3d"] and said["kind"] == "pretrained"
-    assert said["model_class"].endswith(".LlamaSimpleMLP")
-    assert_same(their_logits(entry, tokens()), logits(model, tokens()))
-    assert (entry / "model_step_3.safetensors").stat().st_mode & 0o044 == 0o044
-
-    check = json.loads((entry / "check.json").read_text())
-    ids = torch.tensor([check["ids"]])
-    loss = F.cross_entropy(their_logits(entry, ids[:, :-1])[0], ids[0, 1:]).item()
-    assert (check["step"], check["val_loss"]) == (3, 2.5) and math.isclose(check["loss"], loss, rel_tol=1e-4)
-    info = PretrainRunInfo.from_path(entry)  # which has no final_config.yaml
-    assert_same(logits(info.load_model(), tokens()), logits(model, tokens()))
-    (entry / "check.json").write_text(json.dumps(check | {"loss": check["loss"] + 1}))
-    with pytest.raises(UserError, match="trained"):
-        PretrainRunInfo.from_path(entry).load_model()
-
+    assert (said["kind"], said["run_path"].partition("/")[2]) == ("pretrained", "tales/0a1b2c3d")
+    (path,) = entry.glob("*.safetensors")
+    assert path.name == "model_step_3.safetensors" and path.stat().st_mode & 0o044 == 0o044
+    expected = {key: x for key, x in model.state_dict().items() if key != "lm_head.weight"}
+    torch.testing.assert_close(load_file(path), expected, rtol=0, atol=0)
+    assert yaml.safe_load((entry / "model_config.yaml").read_text()) == dataclasses.asdict(model.config) | {
+        "rotary_dim": 8
+    }
+    assert_same(logits(PretrainRunInfo.from_path(entry).load_model(), tokens()), logits(model, tokens()))
+    assert json.loads((entry / "check.json").read_text()) == json.loads((folder / "check.json").read_text())
     # the default name: one made from the weights, or else the W&B run's
-    export_param_decomp(PretrainRunInfo.from_path(folder), tmp_path / "root", None)
-    write_files(folder, {"wandb_run_id": "abcd1234"})
-    export_param_decomp(PretrainRunInfo.from_path(folder), tmp_path / "root", None)
+    for more in ({}, {"wandb_run_id": "abcd1234"}):
+        write_files(folder, more)
+        export_param_decomp(PretrainRunInfo.from_path(folder), tmp_path / "root", None)
     assert re.fullmatch(r"tales-0a1b2c3d tales-abcd1234 tales-t-[0-9a-f]{8}", " ".join(sorted(os.listdir(cache))))
 
 

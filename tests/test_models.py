@@ -6,7 +6,6 @@ import json
 import math
 import subprocess
 import sys
-import warnings
 from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
@@ -20,9 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 
-GPT2S = ["GPT2", "GPT2Simple"]
 LLAMAS = ["Llama", "LlamaSimple", "LlamaSimpleMLP"]
-ALL = GPT2S + LLAMAS
+ALL = ["GPT2", "GPT2Simple", *LLAMAS]
 V, BLOCK, C, NH, HS, NLAYER = 61, 16, 32, 4, 8, 2
 pytestmark = pytest.mark.usefixtures("one_thread")
 five = pytest.mark.parametrize("name", ALL)
@@ -41,9 +39,8 @@ def make(name, **changes):
     model = models.MODEL_CLASSES[name](make_config(name, **changes))
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for key, p in model.named_parameters():
-            norm = p.dim() == 1 and key.endswith("weight")
-            p.copy_(norm + 0.2 * torch.randn(p.shape, generator=rng))
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=rng)
     return model
 
 
@@ -64,10 +61,10 @@ def logits_of(model, idx):
     return model(idx)[0]
 
 
-def gradients(model, x, y, call=None, **options):
+def gradients(model, x, y, **options):
     """(the loss, the gradient of each parameter that got one)"""
     model.zero_grad()
-    loss = (model if call is None else call)(x, y, **options)[1]
+    loss = model(x, y, **options)[1]
     loss.backward()
     return loss.detach(), {k: p.grad.clone() for k, p in model.named_parameters() if p.grad is not None}
 
@@ -76,12 +73,10 @@ def gradients(model, x, y, call=None, **options):
 # what is computed; test_convert.py compares all five with transformers' classes
 
 
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/check_golden.py has SPD's recorded numbers")
 def test_golden():
     """What SPD's own classes computed: initial weights, logits, gradients, ten updates."""
-    script = SHARED / "check_golden.py"
-    if not script.exists():
-        pytest.skip("../shared/check_golden.py, which holds SPD's recorded numbers, is missing")
-    done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, SHARED / "check_golden.py"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "5 of 5 agree" in done.stdout, done.stdout + done.stderr
 
 
@@ -104,10 +99,11 @@ def test_rms_norm_computes_in_float32(dtype):
 
 
 # -----------------------------------------------------------------------------
-# names, configs, initial weights
+# configs, initial weights, forward and generate
 
 
 @five
+@pytest.mark.filterwarnings("error")  # the defaults go together
 def test_config_fields_and_defaults_are_spds(name):
     want = {"model_type": name, "block_size": 1024, "vocab_size": 50257, "n_layer": 12, "n_head": 12, "n_embd": 768}
     want |= {"flash_attention": True}
@@ -115,55 +111,36 @@ def test_config_fields_and_defaults_are_spds(name):
         want |= {"n_intermediate": 3072 if name == "LlamaSimpleMLP" else 2048, "mlp_bias": False, "attn_bias": False}
         want |= {"rotary_adjacent_pairs": False, "rotary_dim": 64, "rotary_base": 10000, "n_ctx": 1024}
         want |= {"n_key_value_heads": 3, "use_grouped_query_attention": True, "rms_norm_eps": 1e-6}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # the defaults go together
-        config = models.MODEL_CLASSES[name].config_class()
-    assert asdict(config) == want and list(models.MODEL_CLASSES) == ALL
+    assert asdict(models.MODEL_CLASSES[name].config_class()) == want and list(models.MODEL_CLASSES) == ALL
 
 
 @five
-def test_initial_weights_depend_on_init_seed_alone(name):
-    states = []
-    for global_seed, kwargs in ((1, {}), (2, {"init_seed": 42}), (1, {"init_seed": 43})):
-        torch.manual_seed(global_seed)
-        states.append(models.MODEL_CLASSES[name](make_config(name), **kwargs).state_dict())
-    a, b, other = states
-    assert all(torch.equal(a[key], b[key]) for key in a)
-    assert not any(torch.equal(a[key], other[key]) for key in a if a[key].dim() == 2)
-
-
-IMPOSSIBLE = [
-    (ALL, {"n_embd": 30}, "n_head"),
-    (ALL, {"n_layer": 0}, "n_layer"),
-    (ALL, {"n_head": 4.0}, "n_head"),
-    (ALL, {"vocab_size": True}, "vocab_size"),
-    (ALL, {"model_type": "GPT5"}, "model_type"),
-    (LLAMAS, {"n_key_value_heads": 3}, "n_key_value_heads"),
-    (LLAMAS, {"n_ctx": 32}, "block_size"),
-    (LLAMAS, {"n_embd": 12}, "even"),
-    (LLAMAS, {"rms_norm_eps": 0.0}, "rms_norm_eps"),
-]
-
-
-@pytest.mark.parametrize("names,fields,word", IMPOSSIBLE, ids=lambda x: str(x) if isinstance(x, dict) else "")
-def test_impossible_shapes(names, fields, word):
-    for name in names:
+def test_impossible_shapes(name):
+    mistakes = [("n_embd", 30, "n_head"), ("n_layer", 0, "n_layer"), ("n_head", 4.0, "n_head")]
+    mistakes += [("vocab_size", True, "vocab_size"), ("model_type", "GPT5", "model_type")]
+    if name in LLAMAS:
+        mistakes += [("n_key_value_heads", 3, "n_key_value_heads"), ("n_ctx", 32, "block_size")]
+        mistakes += [("rms_norm_eps", 0.0, "rms_norm_eps"), ("n_embd", 12, "even")]
+        with pytest.warns(UserWarning, match="rotary_dim"):  # not impossible, but without effect
+            make_config(name, rotary_dim=64)
+    for field, value, word in mistakes:
         with pytest.raises(ValueError, match=word):
-            make_config(name, **fields)
-    with pytest.warns(UserWarning, match="rotary_dim"):  # not impossible, but without effect
-        make_config("Llama", rotary_dim=64)
+            make_config(name, **{field: value})
 
 
 @five
-def test_the_class_decides_what_is_built(name):
-    """Whatever the class of the config: a plain object, or that of a module that was reloaded since."""
-    config, want = make_config(name), logits_of(models.MODEL_CLASSES[name](make_config(name)), tokens())
-    plain = models.MODEL_CLASSES[name](SimpleNamespace(**asdict(config)))
+def test_the_class_and_init_seed_decide_what_is_built(name):
+    """Whatever the global seed, and the class of the config: a plain object, or that of a reloaded module."""
+    cls, config = models.MODEL_CLASSES[name], make_config(name)
     spec = importlib.util.spec_from_file_location("reloaded", ROOT / "models.py")
     sys.modules["reloaded"] = reloaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reloaded)
-    for model in (plain, reloaded.MODEL_CLASSES[name](config)):
-        assert torch.equal(logits_of(model, tokens()), want)
+    model, other = cls(config), cls(config, init_seed=43).state_dict()
+    assert not any(torch.equal(p, other[key]) for key, p in model.state_dict().items() if p.dim() == 2)
+    torch.manual_seed(torch.initial_seed() + 1)
+    for same in (cls(SimpleNamespace(**asdict(config)), init_seed=42), reloaded.MODEL_CLASSES[name](config)):
+        torch.testing.assert_close(same.state_dict(), model.state_dict(), rtol=0, atol=0)
+        assert torch.equal(logits_of(same, tokens()), logits_of(model, tokens()))
 
 
 @five
@@ -187,21 +164,15 @@ def test_meta_device_and_bfloat16(name):
     assert (logits.dtype, loss.dtype) == (torch.bfloat16, torch.float32) and model.lm_head.weight is model.wte.weight
 
 
-# -----------------------------------------------------------------------------
-# forward and generate
-
-
 @five
 def test_mistakes_when_called(name):
     model, idx, optimizers = make(name), tokens(BLOCK + 4), make(name).configure_optimizers
     mistakes = [(partial(model, idx), "block_size"), (partial(model.generate, tokens(0), 1), "empty")]
-    mistakes += [(partial(optimizers, 0.1, 1e-3, (0.9, 0.95), "cpu", stage), "zero_stage") for stage in (2, 3)]
-    for field, value in (("temperature", -0.5), ("temperature", math.nan), ("top_k", 0)):
-        mistakes.append((partial(model.generate, idx, 1, **{field: value}), field))
-    for bad in (V, -1):
-        wrong = idx.clone()
-        wrong[1, 1] = bad
-        mistakes += [(partial(model, wrong[:, :BLOCK]), f"{bad} "), (partial(model.generate, wrong, 1), f"{bad} ")]
+    mistakes += [(partial(optimizers, 0.1, 1e-3, (0.9, 0.95), "cpu", 2), "zero_stage")]
+    for options in ({"temperature": -0.5}, {"temperature": math.nan}, {"top_k": 0}):
+        mistakes.append((partial(model.generate, idx, 1, **options), next(iter(options))))
+    for bad, wrong in ((V, torch.tensor([[0, V]])), (-1, torch.tensor([[0, -1]]))):
+        mistakes += [(partial(model, wrong), f"{bad} "), (partial(model.generate, wrong, 1), f"{bad} ")]
     for call, word in mistakes:
         with pytest.raises(ValueError, match=word):
             call()
@@ -233,11 +204,10 @@ def test_greedy_generation(name, T):
 @pytest.mark.parametrize("temperature,top_k", [(0.5, None), (2.0, None), (1.0, 3), (1.0, 1000)])
 def test_samples_have_the_models_distribution(temperature, top_k):
     model, idx, n = make("LlamaSimpleMLP"), tokens(4, B=1), 5000
-    logits = logits_of(model, idx)[0, -1] / temperature
+    logits, drawn = logits_of(model, idx)[0, -1] / temperature, []
     if top_k == 3:
         logits[logits < logits.topk(3).values[-1]] = -math.inf
     want = logits.softmax(-1)
-    drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         drawn.append(model.generate(idx.expand(n, -1), 1, temperature=temperature, top_k=top_k))
@@ -291,32 +261,29 @@ def test_loss_and_gradients_are_those_of_all_logits(name, ignored, change, devic
         torch.testing.assert_close(model(x, y.int(), return_logits=False)[1], plain[0])
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_logits_of_all_positions_never_exist(grad):
+@pytest.mark.parametrize("keep", [True, False])
+def test_logits_of_all_positions_never_exist(keep):
     model, (x, y) = make("LlamaSimpleMLP", vocab_size=4000), batch(B=16)
-    everything = y.numel() * 4000
-    for keep in (True, False):
-        with torch.set_grad_enabled(grad), Largest() as seen:
-            loss = model(x, y, return_logits=keep)[1]
-            if grad:
-                loss.backward()
-        assert seen.elements == everything if keep else seen.elements <= everything // 4, keep
+    with Largest() as training:
+        gradients(model, x, y, return_logits=keep)
+    with torch.no_grad(), Largest() as validating:
+        model(x, y, return_logits=keep)
+    for seen in (training, validating):
+        assert (seen.elements >= y.numel() * 4000) if keep else (seen.elements <= y.numel() * 4000 // 4)
 
 
+@pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_under_autocast(dtype):
-    """float16 with a loss scaled as GradScaler does: gradients of the logits do not vanish."""
+def test_under_autocast(dtype, keep):
+    """With a loss scaled as GradScaler does: gradients of the logits do not vanish."""
     model, (x, y) = make("LlamaSimpleMLP"), batch()
-    _, want = gradients(model, x, y, return_logits=False)
-
-    def scaled(x, y, **options):
-        with torch.autocast("cpu", dtype):
-            return None, model(x, y, **options)[1] * 2.0**10
-
-    for keep in (True, False):
-        _, got = gradients(model, x, y, scaled, return_logits=keep)
-        for key, g in got.items():
-            assert (g / 2**10 - want[key]).norm() < 0.05 * want[key].norm(), (key, keep)
+    _, want = gradients(model, x, y)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype):
+        _, loss = model(x, y, return_logits=keep)
+    (loss * 2.0**10).backward()
+    for key, p in model.named_parameters():
+        assert (p.grad / 2**10 - want[key]).norm() < 0.05 * want[key].norm(), key
 
 
 def test_gradients_do_not_vanish_in_float16():
@@ -331,48 +298,31 @@ def test_gradients_do_not_vanish_in_float16():
     assert (got[0] - got[1]).norm() < 0.01 * got[1].norm()
 
 
-def test_differentiated_twice_only_with_logits():
-    """With the loss in pieces second derivatives and torch.func fail, and nothing is silently left out."""
-    model, (x, y) = make("LlamaSimpleMLP", flash_attention=False), batch()
-
-    def twice(**options):
-        (grad,) = torch.autograd.grad(model(x, y, **options)[1], model.wte.weight, create_graph=True)
-        return torch.autograd.grad(grad.square().sum(), model.ln_f.weight)[0]
-
-    def functional(params, **options):
-        return torch.func.functional_call(model, params, (x, y), options)[1]
-
-    params = dict(model.named_parameters())
-    assert twice().abs().sum() > 0
-    close(torch.func.grad(functional)(params), gradients(model, x, y)[1])
-    for fails in (twice, lambda **options: torch.func.grad(partial(functional, **options))(params)):
-        with pytest.raises(RuntimeError, match=r"differentiated once|functorch"):
-            fails(return_logits=False)
+def test_the_loss_in_pieces_is_differentiated_once():
+    """A second derivative, which needs all logits, fails instead of being wrong."""
+    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        torch.autograd.grad(model(x, y, return_logits=False)[1], model.wte.weight, create_graph=True)
 
 
-@pytest.mark.parametrize("head", ["bias", "sequence", "weight_norm"])
+@pytest.mark.parametrize("head", [torch.nn.Linear(C, V), torch.nn.Sequential(torch.nn.Linear(C, V)), None], ids=str)
 def test_a_changed_unembedding_takes_effect(head):
     model, (x, y) = make("LlamaSimpleMLP"), batch()
-    if head == "weight_norm":
-        torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    model.lm_head = head or torch.nn.utils.parametrizations.weight_norm(model.lm_head)
+    if head is None:
         model.lm_head.parametrizations.weight.original0.data.mul_(2)
-    else:
-        linear = torch.nn.Linear(C, V)
-        model.lm_head = linear if head == "bias" else torch.nn.Sequential(linear)
     close(model(x, y, return_logits=False)[1], model(x, y)[1])
     assert abs(model(x, y)[1] - make("LlamaSimpleMLP")(x, y)[1]) > 1e-2
 
 
 def test_compiled_whole_and_once():
-    model, (x, y) = make("LlamaSimpleMLP"), batch()
+    model, (x, y), graphs = make("LlamaSimpleMLP"), batch(), []
     want = gradients(model, x, y, return_logits=False)
-    torch._dynamo.reset()
-    graphs = []
-    compiled = torch.compile(model, backend=lambda g, _: graphs.append(g) or g, fullgraph=True, dynamic=False)
+    model.compile(backend=lambda g, _: graphs.append(g) or g, fullgraph=True, dynamic=False)
     for _ in range(3):
-        close(gradients(model, x, y, compiled, return_logits=False), want)
+        close(gradients(model, x, y, return_logits=False), want)
         with torch.no_grad():
-            close(compiled(x, y, return_logits=False)[1], want[0])
+            close(model(x, y, return_logits=False)[1], want[0])
     assert len(graphs) == 2  # one to train, one to validate
 
 
@@ -380,12 +330,11 @@ def test_compiled_whole_and_once():
 # optimizer, FLOPs, loading
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1])  # without a process group there is nobody to share with
 @five
-def test_optimizer(name, zero_stage):
+def test_optimizer(name):
     model = make(name, **({"attn_bias": True} if name in LLAMAS else {}))
     model.h[0].requires_grad_(False)
-    opt = model.configure_optimizers(0.1, 3e-4, (0.8, 0.9), "cpu", zero_stage)
+    opt = model.configure_optimizers(0.1, 3e-4, (0.8, 0.9), "cpu", zero_stage=1)  # there is nobody to share with
     assert type(opt) is torch.optim.AdamW
     assert all(g["lr"] == 3e-4 and tuple(g["betas"]) == (0.8, 0.9) and g["fused"] for g in opt.param_groups)
     decay = {id(p): g["weight_decay"] for g in opt.param_groups for p in g["params"]}
@@ -406,25 +355,16 @@ def test_flops_are_those_that_are_counted(name):
     assert ours - attention <= plain <= 1.1 * ours
 
 
-@pytest.mark.parametrize("file", ["model_step_7.pt", "checkpoints/model_step_7.pt", "model_step_7.safetensors"])
-def test_a_loaded_model_is_compared_with_check_json(tmp_path, file):
-    model, path, (x, y) = make("LlamaSimpleMLP"), tmp_path / file, batch(ignored=0, B=1)
-    path.parent.mkdir(exist_ok=True)
-    if path.suffix == ".pt":  # as SPD's older ones are: with a wrapper's prefix, and a buffer
-        buffer = {"h.0.attn.rotary_cos": torch.zeros(1)}
-        torch.save({f"_orig_mod.{k}": v for k, v in model.state_dict().items()} | buffer, path)
-    else:  # param-decomp's: the tied weight once
-        save_file = pytest.importorskip("safetensors.torch").save_file
-        save_file({k: v.data for k, v in model.named_parameters()}, path)
+def test_a_loaded_model_is_compared_with_check_json(tmp_path):
+    """Beside weights in safetensors, as param-decomp has them; for a run of ours see test_run_info.py."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model, path, (x, y) = make("LlamaSimpleMLP"), tmp_path / "model_step_7.safetensors", batch(ignored=0, B=1)
+    save_file({k: v.data for k, v in model.named_parameters()}, path)  # the tied weight once
+    check = {"step": 7, "ids": [*x[0].tolist(), y[0, -1].item()], "loss": model(x, y)[1].item()}
+    (tmp_path / "check.json").write_text(json.dumps(check))
     info = SimpleNamespace(checkpoint_path=path, model_config_dict=asdict(model.config))
-    good = {"step": 7, "ids": [*x[0].tolist(), y[0, -1].item()], "loss": model(x, y)[1].item()}
-    for check in (None, good, {"loss": 9.0, "step": 8}):  # a check of another step says nothing
-        if check:
-            (tmp_path / "check.json").write_text(json.dumps(check))
-        loaded = models.LlamaSimpleMLP.from_run_info(info)
-        assert not loaded.training and torch.equal(logits_of(loaded, x), logits_of(model, x))
-    for wrong, eps in ((1.01, 1e-6), (1.0, 0.5)):  # other weights; the same weights in another model
-        (tmp_path / "check.json").write_text(json.dumps(good | {"loss": wrong * good["loss"]}))
-        info.model_config_dict["rms_norm_eps"] = eps
-        with pytest.raises(ValueError, match="not the one that was trained"):
-            models.LlamaSimpleMLP.from_run_info(info)
+    loaded = models.LlamaSimpleMLP.from_run_info(info)
+    assert not loaded.training and torch.equal(logits_of(loaded, x), logits_of(model, x))
+    info.model_config_dict["rms_norm_eps"] = 0.5  # the same weights in another model
+    with pytest.raises(ValueError, match="not the one that was trained"):
+        models.LlamaSimpleMLP.from_run_info(info)

@@ -44,22 +44,26 @@ few = settings(derandomize=True, deadline=None, max_examples=25, suppress_health
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(NASTY)
 
 TINY = wordpiece_json()
+BPE = bpe_json()
 DOCS = stories(60)
 T = "train_dataset_config"
 
 
 @pytest.fixture(scope="module", autouse=True)
-def offline():
-    """What `datasets` reads when it is imported: nothing here may wait for a network."""
+def offline(tmp_path_factory):
+    """Nothing may wait for a network: what `datasets` reads when it is imported, and where tiktoken finds its gpt2."""
+    cached = {
+        "gpt2-vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "gpt2-encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+    }
+    folder = tmp_path_factory.mktemp("tiktoken")
+    for name, digest in cached.items():
+        if (SHARED / "tokenizers" / name).exists():
+            shutil.copy(SHARED / "tokenizers" / name, folder / digest)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment().items():
+        for name, value in (environment() | {"TIKTOKEN_CACHE_DIR": str(folder)}).items():
             patch.setenv(name, value)
         yield
-
-
-@pytest.fixture(scope="session")
-def bpe() -> str:
-    return bpe_json()
 
 
 @pytest.fixture
@@ -68,19 +72,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_files(tmp_path, {"tiny.json": TINY, "docs.jsonl": jsonl(DOCS), "config.yaml": config({})})
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def gpt2_env(tmp_path_factory) -> dict:
-    """An environment in which tiktoken finds its gpt2 files without a network."""
-    folder = tmp_path_factory.mktemp("tiktoken")
-    cached = {
-        "gpt2-vocab.bpe": "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
-        "gpt2-encoder.json": "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
-    }
-    for name, digest in cached.items():
-        (folder / digest).write_bytes(shared(f"tokenizers/{name}").read_bytes())
-    return {"TIKTOKEN_CACHE_DIR": str(folder)}
 
 
 def shared(name: str) -> Path:
@@ -110,13 +101,13 @@ def run_here(capfd):
 
     def main(*args) -> subprocess.CompletedProcess:
         capfd.readouterr()
-        code = 0
+        code, last = 0, ""
         try:
             prepare_here(*args)
-        except SystemExit as e:  # Python writes a text to stderr at the exit, and the code is 1
-            code = e.code if isinstance(e.code, int) else 1
-            print("" if isinstance(e.code, int) else e.code, file=sys.stderr)
-        return subprocess.CompletedProcess(args, code, *capfd.readouterr())
+        except SystemExit as e:  # Python writes the sentence to stderr
+            code, last = 1, e.code
+        out, err = capfd.readouterr()
+        return subprocess.CompletedProcess(args, code, out, f"{err}\n{last}")
 
     return main
 
@@ -140,30 +131,20 @@ def check_split(folder: Path, split: str, documents: list, shard_tokens: int = 1
     """A split is exactly `documents`, each a list of ids with its EOS and whole in one shard; dataset.json is true."""
     record = json.loads((folder / "dataset.json").read_text())
     about = record["splits"][split]
-    assert record["finished"]
     names = [f"{split}_{i:06d}.bin" for i in range(len(about["shards"]))]
+    assert record["finished"] and stream(folder, split) == [i for ids in documents for i in ids]
     assert [p.name for p in sorted(folder.glob(f"{split}_*.bin"))] == names == [s["file"] for s in about["shards"]]
-    assert stream(folder, split) == [i for ids in documents for i in ids]
     ends = {0, *np.cumsum([len(ids) for ids in documents]).tolist()}
     first = 0
     for name, shard in zip(names, about["shards"], strict=True):
         header, tokens = read_bin(folder / name)
-        assert header == (20240520, 1, len(tokens), *[0] * 253)
-        assert (folder / name).stat().st_size == 1024 + 2 * len(tokens)
         last = first + len(tokens)
+        assert header == (20240520, 1, len(tokens), *[0] * 253)
         assert last in ends and (len(tokens) >= shard_tokens or name == names[-1])
         assert shard["tokens"] == len(tokens) and shard["documents"] == sum(first < e <= last for e in ends)
         assert shard["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
         first = last
     assert (about["tokens"], about["documents"], about["empty_documents"]) == (first, len(documents), empty)
-
-
-def known(docs, folder: Path = Path("out"), split: str = "train") -> list:
-    """The documents that a split holds, in a folder whose tokenizer is words_json(docs)."""
-    tokens = stream(folder, split)
-    assert set(tokens[1::2]) <= {1} and 0 not in tokens[::2]
-    words = list(dict.fromkeys(docs))
-    return [words[i - 2] for i in tokens[::2]]
 
 
 # -----------------------------------------------------------------------------
@@ -174,15 +155,18 @@ GOLDEN = {"a": "b8da2f410f35", "b": "9cfdfe2d98e0", "c": "2e7f224dfb38"}
 TRAINED = {"hf_tokenizer_path": None, "train_tokenizer_vocab_size": 700}
 
 
-def test_golden(here, bpe):
-    """Every byte of small prepared folders is what it was when this was written: a refactor proves itself."""
-    write_files(here, {"docs.jsonl": jsonl([*stories(3000, seed=2), *NASTY]), "bpe.json": bpe})
+def test_golden(here):
+    """Every byte of small prepared folders is what it was when this was written, with however many workers."""
+    write_files(here, {"docs.jsonl": jsonl([*stories(3000, seed=2), *NASTY]), "bpe.json": BPE})
     tokenizers = {"hf_tokenizer_path": "tiny.json"}, {"hf_tokenizer_path": "bpe.json"}, TRAINED
+    digests = {}
     for name, keys in zip("abc", tokenizers, strict=True):
         write_files(here, {"config.yaml": config(keys | {"path": name}, {"split": "train[-5%:]"})})
         prepare_here("--shard-tokens", 50_000)
-    digests = {name: hashlib.sha256(json.dumps(tree(here / name)).encode()).hexdigest()[:12] for name in "abc"}
+        digests[name] = hashlib.sha256(json.dumps(tree(here / name)).encode()).hexdigest()[:12]
     assert digests == GOLDEN, {name: tree(here / name) for name in "abc"}
+    prepare("--shard-tokens", 50_000, "--workers", 3, f"{T}.path=d")
+    assert tree(here / "d") == tree(here / "c")
 
 
 TOKENIZERS = {
@@ -191,36 +175,24 @@ TOKENIZERS = {
     "trained": lambda: TRAINED,
     "simplestories": lambda: {"hf_tokenizer_path": str(shared("tokenizers/simplestories-tokenizer.json"))},
     "neox": lambda: {"hf_tokenizer_path": str(shared("tokenizers/neox-20B_tokenizer.json"))},
-    "gpt2": lambda: {"hf_tokenizer_path": "gpt2"},
+    "gpt2": lambda: {"hf_tokenizer_path": shared("tokenizers/gpt2-vocab.bpe") and "gpt2"},
 }
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-def test_exact(here, bpe, kind, request, monkeypatch):
+def test_exact(here, kind):
+    """The ids of every document are those of a tokenizer that knows no special token, so reads none out of text."""
     keys = TOKENIZERS[kind]()
-    env = request.getfixturevalue("gpt2_env") if kind == "gpt2" else {}
     big = " ".join(stories(6500, seed=1))[:1_000_000]
     docs = [*DOCS, *NASTY, big, "after the big one", *NASTY[::-1], ""]
-    if (SHARED / "corpora").exists():
-        lines = (SHARED / "corpora/childrens_classics/stories.jsonl").read_text().split("\n")[:8]
-        docs += [json.loads(line)["story"] for line in lines]
-    write_files(here, {"docs.jsonl": jsonl(docs), "bpe.json": bpe, "config.yaml": config(keys)})
-    prepare("--shard-tokens", 100_000, env=env)
+    write_files(here, {"docs.jsonl": jsonl(docs), "bpe.json": BPE, "config.yaml": config(keys)})
+    prepare("--shard-tokens", 100_000)
     written = Path("out/tokenizer.json").read_text()
-    if kind == "gpt2":
-        monkeypatch.setenv(*next(iter(env.items())))
-        gpt2 = pytest.importorskip("tiktoken").get_encoding("gpt2")
-        ids = [[*gpt2.encode_ordinary(doc), 50256] for doc in docs if doc]
-        assert encoded([doc for doc in docs if doc != big], written) == [i for i in ids if len(i) < 100_000]
-    else:
-        if keys["hf_tokenizer_path"]:
-            assert written == Path(keys["hf_tokenizer_path"]).read_text()
-        ids = encoded(docs, written)
-    check_split(here / "out", "train", ids, 100_000, empty=docs.count(""))
+    if str(keys["hf_tokenizer_path"]).endswith(".json"):
+        assert written == Path(keys["hf_tokenizer_path"]).read_text()
+    check_split(here / "out", "train", encoded(docs, written), 100_000, empty=docs.count(""))
     # The tokenizer beside the shards is of use as it is: its EOS is a special token when one is asked for.
-    from tokenizers import Tokenizer
-
-    tok = Tokenizer.from_file("out/tokenizer.json")
+    tok = pytest.importorskip("tokenizers").Tokenizer.from_file("out/tokenizer.json")
     about = json.loads(Path("out/dataset.json").read_text())["tokenizer"]
     assert tok.encode(tok.id_to_token(about["eos_token_id"])).ids[0] == about["eos_token_id"]
     assert about["vocab_size"] == tok.get_vocab_size()
@@ -228,19 +200,19 @@ def test_exact(here, bpe, kind, request, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def encoders(bpe, gpt2_env):
+def encoders():
     """[(our encoder, what it should make of a text, its EOS)]: tokenizers that know no special token, and tiktoken."""
-    found = [(pd.json_encoder("tiny", json.encode()), *reference(json)) for json in (TINY, bpe)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TIKTOKEN_CACHE_DIR", gpt2_env["TIKTOKEN_CACHE_DIR"])
+    found = [(pd.json_encoder("tiny", json.encode()), *reference(json)) for json in (TINY, BPE)]
+    if (SHARED / "tokenizers/gpt2-vocab.bpe").exists():
         gpt2 = pytest.importorskip("tiktoken").get_encoding("gpt2")
         encoder = pd.load_encoder("gpt2")
-    from_json = pd.json_encoder("gpt2's json", encoder.json)
-    return [*found, (encoder, gpt2.encode_ordinary, 50256), (from_json, gpt2.encode_ordinary, 50256)]
+        from_json = pd.json_encoder("gpt2's json", encoder.json)
+        found += [(encoder, gpt2.encode_ordinary, 50256), (from_json, gpt2.encode_ordinary, 50256)]
+    return found
 
 
+@settings(few, max_examples=100)
 @given(docs=st.lists(texts | st.text(" \t\n'<|>adelnostx1", max_size=200), max_size=8))
-@settings(few, max_examples=200)
 def test_encoder(encoders, docs):
     for encoder, encode, eos in encoders:
         ids = [list(found) for found in encoder.encode_batch(docs)]
@@ -252,8 +224,6 @@ def test_encoder(encoders, docs):
 def special_tokenizers() -> dict[str, dict]:
     """Tokenizers whose models would take the name of their EOS for a word of text."""
     words = json.loads(words_json(["the", "end"])) | {"pre_tokenizer": {"type": "WhitespaceSplit"}}
-    untyped = json.loads(json.dumps(words))
-    del untyped["model"]["type"]
     pieces = [["[UNK]", 0.0], ["[EOS]", 0.0], *([c, -5.0] for c in "▁thend[]EOS")]
     unigram = words | {
         "model": {"type": "Unigram", "unk_id": 0, "vocab": pieces, "byte_fallback": False},
@@ -261,7 +231,7 @@ def special_tokenizers() -> dict[str, dict]:
     }
     vocab = words["model"]["vocab"] | {c: 4 + i for i, c in enumerate("thend[]EOS")}
     whole = words | {"model": {"type": "BPE", "vocab": vocab, "merges": [], "ignore_merges": True}}
-    return {"words": words, "unigram": unigram, "without a type": untyped, "BPE that looks whole words up": whole}
+    return {"words": words, "unigram": unigram, "BPE that looks whole words up": whole}
 
 
 @pytest.mark.parametrize("kind", special_tokenizers())
@@ -276,31 +246,18 @@ def test_special_names_are_text(here, kind):
 
 
 @pytest.mark.parametrize("eos", ["<|padding|>", {"content": "<|padding|>"}])
-def test_eos_of_tokenizer_config(here, bpe, eos):
+def test_eos_of_tokenizer_config(here, eos):
     """A folder as transformers saves it says which of the special tokens is the EOS; it is recorded and passed on."""
-    write_files(here, {"tok/tokenizer.json": bpe, "tok/tokenizer_config.json": json.dumps({"eos_token": eos})})
+    write_files(here, {"tok/tokenizer.json": BPE, "tok/tokenizer_config.json": json.dumps({"eos_token": eos})})
     write_files(here, {"config.yaml": config({"hf_tokenizer_path": "tok"})})
     prepare_here()
-    encode, _ = reference(bpe)
+    encode, _ = reference(BPE)
     check_split(here / "out", "train", [[*encode(doc), 0] for doc in DOCS])
     assert json.loads(Path("out/dataset.json").read_text())["tokenizer"]["eos_token_id"] == 0
     transformers = pytest.importorskip("transformers")
     tok = transformers.AutoTokenizer.from_pretrained("out")
     assert (tok.eos_token, tok.eos_token_id, tok.pad_token_id) == ("<|padding|>", 0, 0)
     assert tok("a<|endoftext|>b", add_special_tokens=False).input_ids == encode("a<|endoftext|>b")
-
-
-def test_same_bytes(here):
-    """Workers change nothing; another shard size changes the cuts alone."""
-    docs = [doc for i, doc in enumerate(stories(5000, seed=2)) for doc in [doc] + [""] * (i % 97 == 0)]
-    write_files(here, {"docs.jsonl": jsonl(docs)})
-    ids = encoded(docs)
-    folders = {}
-    for name, shard_tokens, workers in [("a", 200_000, 1), ("b", 200_000, 3), ("c", 10**8, 2), ("d", 1, 3)]:
-        prepare(f"{T}.path={name}", "--shard-tokens", shard_tokens, "--workers", workers)
-        check_split(here / name, "train", ids, shard_tokens, empty=docs.count(""))
-        folders[name] = tree(here / name)
-    assert folders["a"] == folders["b"] and len(folders["a"]) > 6
 
 
 # -----------------------------------------------------------------------------
@@ -321,131 +278,101 @@ def slow(tmp_path_factory):
     return here, command, tree(here / "out")
 
 
-def workers_of(pid: int) -> list[int]:
-    """The processes that a preparation encodes with: its children, but for Python's resource tracker."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(c) for c in children if b"resource_tracker" not in Path(f"/proc/{c}/cmdline").read_bytes()]
+def interrupted(slow, name: str, signum: int, shards: int, delay: float = 0, again: float = 0, stop: bool = False):
+    """Start preparing into the folder `name` and send the signal once `shards` are there: (process, stderr, workers).
 
-
-def interrupted(slow, name: str, signum: int, shards: int, delay: float = 0, whom=lambda pid: [pid]):
-    """Start preparing into the folder `name` and send the signal once `shards` are there: (process, stderr).
-
-    whom(pid) are the processes that get it; a negative one is a group.
+    SIGINT goes to all processes of the group, as from a terminal, and once more after `again` seconds. stop: one of
+    the workers is stopped before.
     """
     here, command, _ = slow
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *command, f"{T}.path={name}"]
     errors = here / f"{name}.err"
-    started = subprocess.Popen(
-        [sys.executable, str(ROOT / "prepare_data.py"), *command, f"{T}.path={name}"],
-        cwd=here,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=errors.open("w"),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests begun with & ignore it
-        start_new_session=True,
-    )
+    options = {"cwd": here, "env": environment(), "stdout": subprocess.DEVNULL, "start_new_session": True}
+    started = subprocess.Popen(command, **options, stderr=errors.open("w"))
     until = time.monotonic() + 60
     while len(list(here.glob(f"{name}/*.bin"))) < shards and started.poll() is None and time.monotonic() < until:
         time.sleep(0.001)
     time.sleep(delay)
-    for pid in whom(started.pid):
-        os.kill(pid, signum)
+    workers = Path(f"/proc/{started.pid}/task/{started.pid}/children").read_text().split()
+    workers = [int(w) for w in workers if b"resource_tracker" not in Path(f"/proc/{w}/cmdline").read_bytes()]
+    if stop:
+        os.kill(workers[0], signal.SIGSTOP)
+    (os.killpg if signum == signal.SIGINT else os.kill)(started.pid, signum)
+    time.sleep(again)
+    if again and started.poll() is None:
+        os.killpg(started.pid, signum)
     started.wait(timeout=60)
-    return started, errors.read_text()
+    return started.returncode, errors.read_text(), workers
 
 
 def resumed(slow, name: str) -> None:
     """The same command again ends as if nothing had happened, and leaves finished shards alone."""
     here, command, whole = slow
-    before = {p.name: p.stat().st_mtime_ns for p in sorted(here.glob(f"{name}/*.bin"))}
+    before = {p: p.stat().st_mtime_ns for p in sorted(here.glob(f"{name}/*.bin"))[:-1]}  # the last may not be listed
     done = run("prepare_data.py", *command, f"{T}.path={name}", cwd=here)
     assert done.returncode == 0, done.stderr
     assert tree(here / name) == whole
-    for shard in list(before)[:-1]:  # the last one's name may have been newer than the record of it
-        assert (here / name / shard).stat().st_mtime_ns == before[shard], f"{shard} was made twice"
+    assert before == {p: p.stat().st_mtime_ns for p in before}, "a shard was made twice"
 
 
 def test_killed(slow):
     """Again and again, each time when so many shards are there and some seconds later."""
     for shards, delay in (0, 0.2), (1, 0.0), (3, 0.011), (6, 0.004), (9, 0.0):
-        started, _ = interrupted(slow, "killed", signal.SIGKILL, shards, delay)
-        assert started.returncode == -signal.SIGKILL, "it had ended before it was killed: the corpus is too small"
+        code, _, _ = interrupted(slow, "killed", signal.SIGKILL, shards, delay)
+        assert code == -signal.SIGKILL, "it had ended before it was killed: the corpus is too small"
     resumed(slow, "killed")
 
 
-@pytest.mark.parametrize("pause", [None, 0.01, 0.1])
-def test_ctrl_c(slow, pause):
-    """A terminal sends it to the workers, too; a second one may come while they end."""
-
-    def twice(pid):
-        os.killpg(pid, signal.SIGINT)
-        time.sleep(pause or 0)
-        return [-pid] if pause and Path(f"/proc/{pid}/exe").exists() else []
-
-    started, stderr = interrupted(slow, f"ctrl_c{pause}", signal.SIGINT, 3, whom=twice)
-    assert started.returncode in (130, -signal.SIGINT) and "Traceback" not in stderr, stderr
-    resumed(slow, f"ctrl_c{pause}")
+@pytest.mark.parametrize("again", [0, 0.01, 0.1])
+def test_ctrl_c(slow, again):
+    code, stderr, _ = interrupted(slow, f"ctrl_c{again}", signal.SIGINT, 3, again=again)
+    assert code == 130 and "Traceback" not in stderr, stderr
+    resumed(slow, f"ctrl_c{again}")
 
 
 def test_workers_end_with_their_parent(slow):
     """Also those that wait for work; and one that is stopped does not keep the folder locked."""
-    orphans = []
-
-    def stop_one(pid):
-        orphans.extend(workers_of(pid))
-        os.kill(orphans[0], signal.SIGSTOP)
-        return [pid]
-
+    *_, workers = interrupted(slow, "orphans", signal.SIGKILL, 3, stop=True)
     try:
-        interrupted(slow, "orphans", signal.SIGKILL, 3, whom=stop_one)
-        assert len(orphans) == 2
         resumed(slow, "orphans")
-        assert not os.path.exists(f"/proc/{orphans[1]}/exe")
+        assert len(workers) == 2 and not os.path.exists(f"/proc/{workers[1]}/exe")
     finally:
-        os.kill(orphans[0], signal.SIGKILL)
+        os.kill(workers[0], signal.SIGKILL)
 
 
-def begun(slow, name: str, shards: int = 3) -> Path:
-    """A folder with an interrupted preparation of a corpus of its own."""
-    here, command, _ = slow
-    folder = here / name
-    folder.mkdir()
-    for file in "docs.jsonl", "tiny.json", "config.yaml":
-        shutil.copy2(here / file, folder / file)
-    interrupted((folder, command, None), "out", signal.SIGKILL, shards)
-    assert not json.loads((folder / "out/dataset.json").read_text())["finished"]
-    return folder
-
-
-# What changes between an interruption and the next attempt, and the words of the sentence that refuses it.
+# What changes between an interruption and the next attempt, and words of the sentence that refuses it.
 CHANGED = {
-    "a word of the source": (lambda f: rewrite(f / "docs.jsonl", b"e", b"a"), ["changed", "delete out"]),
-    "a shard": (lambda f: rewrite(f / "out/train_000000.bin", b"\3", b"\4"), ["train_000000.bin", "changed"]),
-    "a shard cut": (lambda f: os.truncate(f / "out/train_000000.bin", 1100), ["train_000000.bin", "changed"]),
-    "a shard gone": (lambda f: (f / "out/train_000000.bin").unlink(), ["train_000000.bin", "gone"]),
-    "the tokenizer": (lambda f: rewrite(f / "tiny.json", b"lines", b"linez"), ["tokenizer_sha256"]),
-    "its copy": (lambda f: rewrite(f / "out/tokenizer.json", b"lines", b"linez"), ["out/tokenizer.json"]),
-    "its EOS": (lambda f: write_files(f, {"tokenizer_config.json": '{"eos_token": "[UNK]"}'}), ["eos_token_id"]),
-    "the config": (lambda f: rewrite(f / "config.yaml", b"train[-3:]", b"train[-4:]"), ["another config", "val.split"]),
+    "a word of the source": (lambda: rewrite("docs.jsonl", b"e", b"a"), "changed delete"),
+    "a shard": (lambda: rewrite(FIRST, b"\3", b"\4"), "train_000000.bin changed"),
+    "a shard cut": (lambda: os.truncate(FIRST, 1100), "train_000000.bin whole"),
+    "a shard gone": (lambda: os.unlink(FIRST), "train_000000.bin"),
+    "the tokenizer": (lambda: rewrite("tiny.json", b"lines", b"linez"), "tokenizer_sha256"),
+    "its copy": (lambda: rewrite("out/tokenizer.json", b"lines", b"linez"), "out/tokenizer.json"),
+    "its EOS": (lambda: Path("tokenizer_config.json").write_text('{"eos_token": "[UNK]"}'), "eos_token_id"),
+    "the config": (lambda: rewrite("config.yaml", b"train[-3:]", b"train[-4:]"), "another val.split"),
 }
+FIRST = "out/train_000000.bin"
 
 
-def rewrite(path: Path, old: bytes, new: bytes) -> None:
+def rewrite(path: str, old: bytes, new: bytes) -> None:
     """Replace the last occurrence of `old` in a file by `new`, of the same length."""
-    data = path.read_bytes()
-    at = data.rindex(old)
-    path.write_bytes(data[:at] + new + data[at + len(old) :])
+    before, after = Path(path).read_bytes().rsplit(old, 1)
+    Path(path).write_bytes(before + new + after)
 
 
 def test_what_changed_meanwhile_is_refused(slow, monkeypatch, run_here):
-    interrupted_folder = begun(slow, "begun")
-    for i, (what, (change, fragments)) in enumerate(CHANGED.items()):
-        folder = slow[0] / f"changed{i}"
-        shutil.copytree(interrupted_folder, folder)
-        change(folder)
-        before = tree(folder)
-        monkeypatch.chdir(folder)
-        refused(run_here(*slow[1][1:]), *fragments)
-        assert tree(folder) == before, what
+    begun = slow[0] / "begun"
+    begun.mkdir()
+    for file in "docs.jsonl", "tiny.json", "config.yaml":
+        shutil.copy2(slow[0] / file, begun / file)
+    interrupted((begun, slow[1], None), "out", signal.SIGKILL, 3)
+    assert not json.loads((begun / "out/dataset.json").read_text())["finished"]
+    for what, (change, words) in CHANGED.items():
+        monkeypatch.chdir(shutil.copytree(begun, slow[0] / f"changed: {what}"))
+        change()
+        before = tree(Path())
+        refused(run_here(*slow[1][1:]), *words.split())
+        assert tree(Path()) == before, what
 
 
 def test_a_full_disk(slow):
@@ -457,54 +384,14 @@ def test_a_full_disk(slow):
         resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # less than one shard
 
     command = [*command, f"{T}.path=full"]
-    refused(run("prepare_data.py", *command, cwd=here, preexec_fn=limit), "the same command")
+    refused(run("prepare_data.py", *command, cwd=here, preexec_fn=limit), "too large")
     assert not list(here.glob("full/*.bin")) and not list(here.glob("full/.*.part"))
     resumed(slow, "full")
 
 
-class Death(BaseException):
-    """What a process dies of."""
-
-
-def test_death_at_every_rename(here, monkeypatch):
-    """Before or after the nth rename, and again later: the next attempt ends with the bytes of an undisturbed one."""
-    docs = ["", *stories(1500, seed=6, words=2), "", *[""] * 1030, "last", ""]
-    write_files(here, {"docs.jsonl": jsonl(docs), "config.yaml": config(TRAINED, {"split": "train[:6]"})})
-    replace = os.replace
-
-    def survived(path: str, moment: float) -> bool:
-        moments = iter(range(1, 1000))
-
-        def dying(source, target):
-            now = next(moments)
-            if now - 0.5 == moment:
-                raise Death
-            replace(source, target)
-            if now == moment:
-                raise Death
-
-        monkeypatch.setattr(os, "replace", dying)
-        try:
-            prepare_here("--shard-tokens", "1", f"{T}.path={path}")
-        except Death:
-            return False
-        return True
-
-    assert survived("whole", 0)
-    check_split(here / "whole", "train", encoded(docs, Path("whole/tokenizer.json").read_text()), 0, docs.count(""))
-    moment = 0.5
-    while not survived(f"died{moment}", moment):
-        if moment % 2 == 0:
-            survived(f"died{moment}", 4.5)
-        assert survived(f"died{moment}", 0)
-        assert tree(here / f"died{moment}") == tree(here / "whole"), f"after it had died at {moment}"
-        moment += 0.5
-    assert moment > 9
-
-
 def test_a_finished_folder_is_left_alone(here, run_here):
     """Also when its source is gone; another config, or a changed source, is refused by name."""
-    write_files(here, {"more.jsonl": jsonl(DOCS[1:]), "bpe.json": bpe_json()})
+    write_files(here, {"more.jsonl": jsonl(DOCS[1:]), "bpe.json": BPE})
     prepare_here()
     before = {p: p.stat().st_mtime_ns for p in Path("out").iterdir()}
     cases = {
@@ -530,17 +417,6 @@ def test_several_at_once(here):
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == 0, stderr
     check_split(here / "out", "train", encoded(DOCS))
-
-
-def test_hold(here, capfd):
-    """A lock that another holds is one; the file is never deleted."""
-    folder = here / "held"
-    folder.mkdir()
-    lock = pd.hold(folder, "training in")
-    with pytest.raises(pd.UserError, match=r"another process is training in .*held"):
-        pd.hold(folder, "training in")
-    lock.release()
-    assert pd.hold(folder, "training in") and (folder / ".lock").exists()
 
 
 # A Python whose file system has neither locks nor fsync of folders: sitecustomize runs before the script.
@@ -590,65 +466,19 @@ def parquet(rows, column: str = "text", **options) -> bytes:
 
 def mixed_columns(docs) -> bytes:
     """Lines whose other column changes its type, as in the Pile's own files."""
-    return b"".join(
-        json.dumps({"meta": i if i < 20 else {"n": i}, "text": d}).encode() + b"\n" for i, d in enumerate(docs)
-    )
+    lines = [{"meta": i if i < 20 else {"n": i}, "text": doc} for i, doc in enumerate(docs)]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-def card(text: str) -> str:
-    """A README.md as the hub has it."""
-    return f"---\n{text}\n---\n"
-
-
-README = card("configs: [{config_name: default, data_files: [{split: train, path: p1.*}, {split: test, path: p2.*}]}]")
+README = (
+    "---\nconfigs: [{config_name: default, data_files: [{split: train, path: p1.*}, {split: test, path: p2.*}]}]\n---\n"
+)
 FEATURES = "[{name: id, dtype: int64}, {name: text, dtype: string}]"
-UNTRUE = card(f"dataset_info: {{features: {FEATURES}, splits: [{{name: train, num_examples: 1000, num_bytes: 1}}]}}")
-# name: (files, value of `name`, other keys, documents, empty documents)
-SOURCES = {
-    "txt ends with a separator": ({"a.txt": separated(WORDS, after="\n<|endoftext|>\n")}, "a.txt", {}, WORDS, 0),
-    "txt with two together": ({"a.txt": separated(["a", "", "b", "", "", "c"])}, "a.txt", {}, ["a", "b", "c"], 3),
-    "txt with spaces around": ({"a.txt": b"a\n <|endoftext|> \nb\n\n"}, "a.txt", {}, ["a", "b\n"], 0),
-    "txt with CRLF": ({"a.txt": separated(WORDS, "\r\n", after="\r\n")}, "a.txt", {}, DOS, 0),
-    "txt with a BOM": ({"a.txt": b"\xef\xbb\xbf" + separated(WORDS)}, "a.txt", {}, WORDS, 0),
-    "jsonl column": ({"a.jsonl": jsonl(WORDS, "story")}, "a.jsonl", {"column_name": "story"}, WORDS, 0),
-    "jsonl blank lines": ({"a.jsonl": b"\n" + jsonl(WORDS).replace(b"\n", b"\r\n \n")}, "a.jsonl", {}, WORDS, 0),
-    "jsonl without last newline": ({"a.jsonl": jsonl(WORDS).rstrip(b"\n")}, "a.jsonl", {}, WORDS, 0),
-    "jsonl with a BOM": ({"a.jsonl": b"\xef\xbb\xbf" + jsonl(WORDS)}, "a.jsonl", {}, WORDS, 0),
-    "jsonl with nulls": ({"a.jsonl": jsonl([None, *WORDS, None])}, "a.jsonl", {}, WORDS, 2),
-    "gz": ({"a.txt.gz": separated(WORDS)}, "a.txt.gz", {}, WORDS, 0),
-    "GZ": ({"a.TXT.GZ": gzip.compress(separated(WORDS))}, "a.TXT.GZ", {}, WORDS, 0),
-    "xz": ({"a.txt.xz": lzma.compress(separated(WORDS))}, "a.txt.xz", {}, WORDS, 0),
-    "bz2": ({"a.jsonl.bz2": bz2.compress(jsonl(WORDS))}, "a.jsonl.bz2", {}, WORDS, 0),
-    "zst": (lambda: {"a.txt.zst": zst(separated(WORDS))}, "a.txt.zst", {}, WORDS, 0),
-    "zst of the Pile": (lambda: {"a.jsonl.zst": zst(mixed_columns(WORDS))}, "a.jsonl.zst", {}, WORDS, 0),
-    "glob": (
-        {"b/x2.jsonl": jsonl(WORDS[20:]), "b/x10.jsonl": jsonl(WORDS[:20]), "b/y.csv": "no"},
-        "b/x*",
-        {},
-        WORDS,
-        0,
-    ),
-    "brackets": ({"f[v1]?/a.jsonl": jsonl(WORDS)}, "f[v1]?/a.jsonl", {}, WORDS, 0),
-    "home": ({"a.jsonl": jsonl(WORDS)}, "~/a.jsonl", {}, WORDS, 0),
-    "csv, whose null is none": ({"a.csv": "text\nnull\nb\nb\n"}, "a.csv", {}, ["b", "b"], 1),
-    "parquet": (lambda: {"a.parquet": parquet([None, *WORDS], row_group_size=7)}, "a.parquet", {}, WORDS, 1),
-    "parquet in brackets": (lambda: {"f[v1]?/a.parquet": parquet(WORDS)}, "f[v1]?/a.parquet", {}, WORDS, 0),
-    "glob of parquet": (
-        lambda: {"s/a/x[1].parquet": parquet(WORDS[:9]), "s/b/x[1].parquet": parquet(WORDS[9:])},
-        "s/**/*.parquet",
-        {},
-        WORDS,
-        0,
-    ),
-    "folder of jsonl": (lambda: layout("b/p1.jsonl", "b/p2.jsonl", jsonl), "b", {}, WORDS, 0),
-    "folder named parquet": (lambda: layout("parquet/p1.parquet", "parquet/p2.parquet"), "parquet", {}, WORDS, 0),
-    "another split": (lambda: layout("b/p2.parquet", "b/p1.parquet"), "b", {"split": "test"}, WORDS, 0),
-    "an untrue card": (lambda: untrue(), "b", {"split": "train[:90%]"}, WORDS[:36], 0),
-    "an untrue card, the end": (lambda: untrue(), "b", {"split": "train[-4:]"}, WORDS[36:], 0),
-    "one of several configs": (lambda: two_configs(), "b", {"config_name": "two"}, ["b", "c"], 0),
-    "save_to_disk": (lambda: saved("b"), "b", {"split": "train"}, WORDS, 0),
-    "its arrow file": (lambda: saved("b"), "b/train/*.arrow", {}, WORDS, 0),
-}
+UNTRUE = (
+    f"---\ndataset_info: {{features: {FEATURES}, splits: [{{name: train, num_examples: 1000, num_bytes: 1}}]}}\n---\n"
+)
+TWO = "---\nconfigs: [{config_name: one, data_files: x.csv}, {config_name: two, data_files: y.csv}]\n---\n"
+TWO_CONFIGS = {"b/x.csv": "text\na\n", "b/y.csv": "text\nb\nc\n", "b/README.md": TWO}
 
 
 def layout(words: str, others: str, write=parquet) -> dict:
@@ -657,21 +487,60 @@ def layout(words: str, others: str, write=parquet) -> dict:
     return {words: write(WORDS), others: write(["no"]), readme: README, "c/x.parquet": parquet(["no"])}
 
 
-def two_configs() -> dict:
-    """A folder whose README.md declares two configs."""
-    readme = card("configs: [{config_name: one, data_files: x.csv}, {config_name: two, data_files: y.csv}]")
-    return {"b/x.csv": "text\na\n", "b/y.csv": "text\nb\nc\n", "b/README.md": readme}
-
-
-def untrue() -> dict:
-    return {"b/train.parquet": parquet(WORDS), "b/README.md": UNTRUE}
-
-
-def saved(name: str) -> dict:
+def saved() -> dict:
     """A DatasetDict saved to disk."""
     datasets = pytest.importorskip("datasets")
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": WORDS})}).save_to_disk(name)
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": WORDS})}).save_to_disk("b")
     return {}
+
+
+def halves(pattern: str, write) -> dict:
+    return {pattern.format("a2"): write(WORDS[:9]), pattern.format("b10"): write(WORDS[9:])}
+
+
+# what is read: (files, or what makes them; value of `name`; other keys; documents; empty documents)
+SOURCES = {
+    "txt ends with a separator": ({"a.txt": separated(WORDS, after="\n<|endoftext|>\n")}, "a.txt", {}, WORDS, 0),
+    "txt with two together": ({"a.txt": separated(["a", "", "b", "", "", "c"])}, "a.txt", {}, ["a", "b", "c"], 3),
+    "txt with spaces around": ({"a.txt": b"a\n <|endoftext|> \nb\n\n"}, "a.txt", {}, ["a", "b\n"], 0),
+    "txt with CRLF": ({"a.txt": separated(WORDS, "\r\n", after="\r\n")}, "a.txt", {}, DOS, 0),
+    "txt with a BOM": ({"a.txt": b"\xef\xbb\xbf" + separated(WORDS)}, "a.txt", {}, WORDS, 0),
+    "jsonl column": ({"a.jsonl": jsonl(WORDS, "story")}, "a.jsonl", {"column_name": "story"}, WORDS, 0),
+    "jsonl blank lines": ({"a.jsonl": b"\n" + jsonl(WORDS).replace(b"\n", b"\r\n \n")}, "a.jsonl", {}, WORDS, 0),
+    "jsonl with a BOM": ({"a.jsonl": b"\xef\xbb\xbf" + jsonl(WORDS).rstrip(b"\n")}, "a.jsonl", {}, WORDS, 0),
+    "jsonl with nulls": ({"a.jsonl": jsonl([None, *WORDS, None])}, "a.jsonl", {}, WORDS, 2),
+    "GZ": ({"a.TXT.GZ": gzip.compress(separated(WORDS))}, "a.TXT.GZ", {}, WORDS, 0),
+    "xz": ({"a.txt.xz": lzma.compress(separated(WORDS))}, "a.txt.xz", {}, WORDS, 0),
+    "bz2": ({"a.jsonl.bz2": bz2.compress(jsonl(WORDS))}, "a.jsonl.bz2", {}, WORDS, 0),
+    "zst": (lambda: {"a.txt.zst": zst(separated(WORDS))}, "a.txt.zst", {}, WORDS, 0),
+    "zst of the Pile": (lambda: {"a.jsonl.zst": zst(mixed_columns(WORDS))}, "a.jsonl.zst", {}, WORDS, 0),
+    "glob": (halves("b/x{}.jsonl", jsonl) | {"b/y.csv": "no"}, "b/x*", {}, WORDS, 0),
+    "brackets": ({"f[v1]?/a.jsonl": jsonl(WORDS)}, "f[v1]?/a.jsonl", {}, WORDS, 0),
+    "home": ({"a.jsonl": jsonl(WORDS)}, "~/a.jsonl", {}, WORDS, 0),
+    "csv, whose null is none": ({"a.csv": "text\nnull\nb\nb\n"}, "a.csv", {}, ["b", "b"], 1),
+    "parquet": (lambda: {"a.parquet": parquet([None, *WORDS], row_group_size=7)}, "a.parquet", {}, WORDS, 1),
+    "glob of parquet": (lambda: halves("s/{}/x[1].parquet", parquet), "s/**/*.parquet", {}, WORDS, 0),
+    "folder of jsonl": (lambda: layout("b/p1.jsonl", "b/p2.jsonl", jsonl), "b", {}, WORDS, 0),
+    "folder named parquet": (lambda: layout("parquet/p1.parquet", "parquet/p2.parquet"), "parquet", {}, WORDS, 0),
+    "another split": (lambda: layout("b/p2.parquet", "b/p1.parquet"), "b", {"split": "test"}, WORDS, 0),
+    "an untrue card": (
+        lambda: {"b/train.parquet": parquet(WORDS), "b/README.md": UNTRUE},
+        "b",
+        {"split": "train[:90%]"},
+        WORDS[:36],
+        0,
+    ),
+    "an untrue card, the end": (
+        lambda: {"b/train.parquet": parquet(WORDS), "b/README.md": UNTRUE},
+        "b",
+        {"split": "train[-4:]"},
+        WORDS[36:],
+        0,
+    ),
+    "one of several configs": (TWO_CONFIGS, "b", {"config_name": "two"}, ["b", "c"], 0),
+    "save_to_disk": (saved, "b", {"split": "train"}, WORDS, 0),
+    "its arrow file": (saved, "b/train/*.arrow", {}, WORDS, 0),
+}
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -682,14 +551,13 @@ def test_sources(here, monkeypatch, kind):
     write_files(here, {"config.yaml": config({"name": name} | keys, keys)})
     before = tree(here)
     prepare_here()
-    assert known(docs) == docs
     check_split(here / "out", "train", [[list(dict.fromkeys(docs)).index(d) + 2, 1] for d in docs], empty=empty)
     assert before.items() <= tree(here).items(), "the source changed"
 
 
 def test_separators_within_lines_are_noted(here, run_here):
     write_files(here, {"a.txt": "one<|endoftext|>\ntwo <|endoftext|>\nthree"})
-    assert "2 lines of a.txt" in run_here(f"{T}.name=a.txt", "val_dataset_config.path=v").stdout
+    assert "2 times" in run_here(f"{T}.name=a.txt", "val_dataset_config.path=v").stdout
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
@@ -707,46 +575,36 @@ def test_token_rows(here, name):
 
 def test_python_stdlib(here):
     """Every file once, in an order that makes the end a fair sample."""
-    root = Path(os.__file__).parent
+    files = [p for p in Path(os.__file__).parent.rglob("*.py") if p.stat().st_size]
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [p for p in root.rglob("*.py") if p.stat().st_size and not left_out & set(p.relative_to(root).parts)]
-    docs = [p.read_bytes().decode() for p in files]
-    assert len(docs) > 300
-    write_files(here, {"tiny.json": words_json(docs)})
-    write_files(
-        here, {"config.yaml": config({"name": "python-stdlib", "split": "train[:95%]"}, {"split": "train[95%:]"})}
-    )
+    docs = [p.read_bytes().decode() for p in files if not left_out & set(p.parts)]
+    keys = {"name": "python-stdlib", "split": "train[:95%]"}
+    write_files(here, {"tiny.json": words_json(docs), "config.yaml": config(keys, {"split": "train[95%:]"})})
     prepare_here()
-    train = known(docs)
-    assert len(train) == round(0.95 * len(docs)) and sorted(train + known(docs, split="val")) == sorted(docs)
+    words = list(dict.fromkeys(docs))
+    train, val = [[words[i - 2] for i in stream(here / "out", split)[::2]] for split in ("train", "val")]
+    assert len(train) == round(0.95 * len(docs)) > 300 and sorted(train + val) == sorted(docs)
     assert train != sorted(train)
 
 
-@pytest.mark.parametrize("name", ["long.jsonl", "long.txt.gz", "long.txt.zst", "long.parquet", "long.csv", "p/*.jsonl"])
+@pytest.mark.parametrize("name", ["long.jsonl", "long.txt.gz", "long.parquet", "long.csv", "p/*.jsonl"])
 def test_reading_goes_on_from_any_place(here, name):
     """A place, written down as JSON, leads another process to the same row; also when rows were read before."""
     docs = [f"row {i}" for i in range(700)]
-    write_files(
-        here, {"long.jsonl": b"\n" + jsonl(docs), "long.txt.gz": separated(docs, "\r\n"), "p/1.jsonl": jsonl(docs[:50])}
-    )
-    write_files(here, {"p/2.jsonl": jsonl([]), "p/3.jsonl": jsonl(docs[50:]), "long.csv": "\n".join(["text", *docs])})
-    write_files(here, {"long.txt.zst": zst(separated(docs)), "long.parquet": parquet(docs, row_group_size=90)})
-
-    def opened():
-        source, start, stop = pd.open_source(pd.DatasetConfig(name=name, n_ctx=9))
-        assert (start, stop) == (0, None)
-        return source
-
-    source = opened()
+    write_files(here, {"long.jsonl": b"\n" + jsonl(docs), "long.txt.gz": separated(docs, "\r\n")})
+    write_files(here, {"p/1.jsonl": jsonl(docs[:50]), "p/2.jsonl": "", "p/3.jsonl": jsonl(docs[50:])})
+    write_files(here, {"long.parquet": parquet(docs, row_group_size=90), "long.csv": "\n".join(["text", *docs])})
+    section = pd.DatasetConfig(name=name, n_ctx=9)
+    source = pd.open_source(section)
     next(source.rows())
     rows = list(source.rows())
-    assert [pd.parse_row(source.kind, "text", False, raw) for _, _, raw in rows] == docs
+    assert [pd.parse_row(section, source.kind, 0, raw) for _, _, raw in rows] == docs
     for row in 0, 1, 49, 50, 255, 256, 300, 512, 699:
-        again = opened().rows(json.loads(json.dumps(rows[row][0])))
-        assert [found[1:] for found in again] == [expected[1:] for expected in rows[row + 1 :]]
+        place = tuple(json.loads(json.dumps(rows[row][0])))
+        assert list(pd.open_source(section).rows(place)) == rows[row + 1 :]
 
 
-bounds = st.one_of(st.just(""), st.integers(-120, 120).map(str), st.integers(-10_000, 10_000).map("{:_}".format))
+bounds = st.just("") | st.integers(-120, 120).map(str) | st.integers(-10_000, 10_000).map(str)
 percents = st.integers(-100, 100).map("{}%".format)
 
 
@@ -754,10 +612,8 @@ percents = st.integers(-100, 100).map("{}%".format)
 @settings(few, max_examples=200)
 def test_slices_are_those_of_hugging_face(n, bound):
     datasets = pytest.importorskip("datasets")
-    spec = f"train[{bound[0]}:{bound[1]}]"
-    (expected,) = datasets.ReadInstruction.from_spec(spec).to_absolute({"train": n})
-    start, stop = pd.row_range(pd.parse_split(spec)[1], n)
-    assert range(n)[start:stop] == range(n)[expected.from_ : expected.to]
+    (expected,) = datasets.ReadInstruction.from_spec(f"train[{bound[0]}:{bound[1]}]").to_absolute({"train": n})
+    assert range(n)[slice(*pd.row_range(bound, n))] == range(n)[expected.from_ : expected.to]
 
 
 # -----------------------------------------------------------------------------
@@ -787,22 +643,19 @@ def test_order_is_what_it_was():
     assert hashlib.sha256(np.concatenate(orders).tobytes()).hexdigest()[:16] == "82bcbc07dd64d20d"
 
 
-def write_shard(path: Path, tokens, magic: int = 20240520, version: int = 1, count: int | None = None) -> None:
-    header = np.zeros(256, "<i4")
-    header[:3] = magic, version, len(tokens) if count is None else count
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, "<u2").tobytes())
+def shard(tokens) -> bytes:
+    header = np.array([20240520, 1, len(tokens), *[0] * 253], "<i4")
+    return header.tobytes() + np.asarray(tokens, "<u2").tobytes()
 
 
 @pytest.mark.parametrize("sizes", [[50], [7, 7, 7, 7, 3], [1, 30, 1, 1, 17], [20, 0, 20, 10]])
 def test_windows_across_shards(here, sizes):
     """Foreign shards: found by the split's name, read end to end, in the stream's order."""
     tokens = np.random.default_rng(0).integers(0, 65536, sum(sizes)).astype(np.uint16)
-    cuts = np.cumsum([0, *sizes])
-    for i, size in enumerate(sizes):
-        write_shard(here / f"foreign/a_train_{i:06d}.bin", tokens[cuts[i] : cuts[i] + size])
-    for name in "a_val_000001", "validation_2", "retrieval_01", "._a_train_01", "strain":
-        write_shard(here / f"foreign/{name}.bin", [1, 2])
+    parts = np.split(tokens, np.cumsum(sizes)[:-1])
+    write_files(here, {f"foreign/a_train_{i:06d}.bin": shard(part) for i, part in enumerate(parts)})
+    others = "a_val_000001", "validation_2", "retrieval_01", "._a_train_01", "strain"
+    write_files(here, {f"foreign/{name}.bin": shard([1, 2]) for name in others})
     assert [p.name for p in pd.Shards(here / "foreign", "val", "").files] == ["a_val_000001.bin", "validation_2.bin"]
     shards = pd.Shards(here / "foreign", "train", "")
     assert shards.n_tokens == len(tokens) and len(shards.fingerprint()[1]) == 64
@@ -822,8 +675,7 @@ def test_windows_across_shards(here, sizes):
 def test_many_shards_and_few_open_files(here):
     """The limit is raised, and where it may not be, the sentence says which one to raise."""
     pytest.importorskip("resource")
-    for i in range(100):
-        write_shard(here / f"foreign/train_{i:06d}.bin", [i])
+    write_files(here, {f"foreign/train_{i:06d}.bin": shard([i]) for i in range(100)})
     code = "import resource, sys, pathlib, prepare_data as pd; resource.setrlimit(resource.RLIMIT_NOFILE, ({}));"
     code += "print(pd.Shards(pathlib.Path('foreign'), 'train', '').n_tokens)"
     for limits, word in (("64, 4000", "100"), ("64, 300", "ulimit -Hn")):
@@ -836,26 +688,15 @@ def test_many_shards_and_few_open_files(here):
 # --verify and --peek
 
 
-def put(path: str, at: int) -> None:
-    """Change a bit of a file."""
-    data = bytearray(Path(path).read_bytes())
-    data[at] ^= 1
-    Path(path).write_bytes(data)
-
-
 VERIFIED = {
-    "a flipped bit": (lambda: put("out/train_000000.bin", 1100), "changed"),
-    "its last": (lambda: put("out/train_000000.bin", -1), "changed"),
-    "the other split": (lambda: put("out/val_000000.bin", -1), "val_000000.bin"),
-    "its header": (lambda: put("out/train_000000.bin", 0), "20240520"),
-    "its version": (lambda: put("out/train_000000.bin", 4), "not a shard"),
-    "its count": (lambda: put("out/train_000000.bin", 8), "bytes"),
-    "cut short": (lambda: os.truncate("out/train_000000.bin", 1100), "1100"),
-    "header cut": (lambda: os.truncate("out/train_000000.bin", 1000), "not a shard"),
-    "an odd byte": (lambda: Path("out/train_000000.bin").open("ab").write(b"0"), "bytes"),
-    "bare tokens": (lambda: Path("out/train_000000.bin").write_bytes(bytes(9999)), "nanoGPT"),
-    "gone": (lambda: os.unlink("out/train_000000.bin"), "gone"),
-    "another tokenizer": (lambda: put("out/tokenizer.json", 50), "tokenizer.json"),
+    "a flipped bit": (lambda: rewrite(FIRST, b"\3", b"\4"), "changed"),
+    "the other split's last": (lambda: rewrite("out/val_000000.bin", b"\3", b"\4"), "val_000000.bin"),
+    "its count": (lambda: rewrite(FIRST, b"\1\0\0\0", b"\2\0\0\0"), "whole"),
+    "cut short": (lambda: os.truncate(FIRST, 1100), "whole"),
+    "an odd byte": (lambda: Path(FIRST).open("ab").write(b"0"), "whole"),
+    "bare tokens": (lambda: Path(FIRST).write_bytes(bytes(9999)), "nanoGPT"),
+    "gone": (lambda: os.unlink(FIRST), FIRST),
+    "another tokenizer": (lambda: rewrite("out/tokenizer.json", b"lines", b"linez"), "tokenizer.json"),
     "a damaged record": (lambda: os.truncate("out/dataset.json", 100), "damaged"),
     "another record": (lambda: Path("out/dataset.json").write_text("[]"), "dataset.json"),
     "nothing there": (lambda: shutil.rmtree("out"), "python prepare_data.py config.yaml"),
@@ -876,34 +717,26 @@ def test_verify(here, run_here):
         shutil.copytree("sound", "out")
 
 
-def test_peek(here, bpe, run_here):
+def test_peek(here, run_here):
     """The first documents as the model will see them: special tokens shown, text that looks like one as its text."""
     docs = ["one <|endoftext|> and [EOS] 🙂", "two\r\nlines", "", "three"]
-    keys = {"hf_tokenizer_path": "bpe.json"}
-    write_files(
-        here, {"bpe.json": bpe, "docs.jsonl": jsonl(docs), "config.yaml": config(keys, {"split": "train[-1:]"})}
-    )
+    sections = config({"hf_tokenizer_path": "bpe.json"}, {"split": "train[-1:]"})
+    write_files(here, {"bpe.json": BPE, "docs.jsonl": jsonl(docs), "config.yaml": sections})
     prepare_here()
-    ids = encoded(docs, bpe)
-    eos = "<|endoftext|>"
-    shown = [f"--- train document {i}: {len(ids[i - 1])} ids\n{docs[i - 1]}{eos}\n" for i in (1, 2)]
-    shown += [f"--- val document 1: {len(ids[2])} ids\nthree{eos}\n"]
+    ids = encoded(docs, BPE)
+    shown = [f"--- train document {i}: {len(ids[i - 1])} ids\n{docs[i - 1]}<|endoftext|>\n" for i in (1, 2)]
+    shown += [f"--- val document 1: {len(ids[2])} ids\nthree<|endoftext|>\n"]
     assert run_here("--peek", 2).stdout == "".join(shown)
     assert run_here("--peek", 99).stdout.count("--- train document") == 3
-    ascii_console = prepare("--peek", "1", env={"PYTHONIOENCODING": "ascii"})
-    assert "\\U0001f642" in ascii_console.stdout
-
-
-# -----------------------------------------------------------------------------
-# configs
+    assert "\\U0001f642" in prepare("--peek", "1", env={"PYTHONIOENCODING": "ascii"}).stdout
 
 
 # What a key becomes, as it is typed behind the = of an override; "refused" where it is.
 TYPED = {
-    "n_ctx": {"1e3": 1000, "1_000": 1000, "2.0": 2, "'9'": 9, "true": "refused", "1.5": "refused", "12:30": "refused"},
-    "seed": {"9007199254740993": 2**53 + 1, "'9007199254740993'": 2**53 + 1, "null": None, "1e30": "refused"},
-    "name": {"2026-01-01": "2026-01-01", "007": "007", "1.10": "1.10", "12": "12", "1e5": "1e5", "no": "refused"},
-    "revision": {"0x10": "0x10", "1_0": "1_0", "'a\\0b'": "a\\0b", '"a\\0b"': "refused", '"\\ud800"': "refused"},
+    "n_ctx": {"1e3": 1000, "1_000": 1000, "2.0": 2, "'9'": 9, "true": "refused", "1.5": "refused", "1e30": "refused"},
+    "seed": {"9007199254740993": 2**53 + 1, "'9007199254740993'": 2**53 + 1, "null": None, "-1": "refused"},
+    "name": {"2026-01-01": "2026-01-01", "'007'": "007", "12": "refused", "no": "refused"},
+    "revision": {"'0x10'": "0x10", "'a\\0b'": "a\\0b", '"a\\0b"': "refused", '"\\ud800"': "refused"},
     "is_tokenized": {"yes": True, "1": "refused", "'true'": "refused"},
 }
 
@@ -922,10 +755,10 @@ def test_typed(here, key, typed):
 
 def test_overrides_and_differences(here):
     raw = pd.read_config("config.yaml", ["a=x", "b.c=[1, 2]", "b.e.f=3e-4", "g=null", "h=k=v", "i="])
-    expected = {"a": "x", "b": {"c": [1, 2], "e": {"f": "3e-4"}}, "g": None, "h": "k=v", "i": None}
+    expected = {"a": "x", "b": {"c": [1, 2], "e": {"f": 3e-4}}, "g": None, "h": "k=v", "i": None}
     assert raw == config({}) | expected
-    there = {"a": {"b": 1, "c": 10**9999}, "d": 2}
-    assert pd.differences(there, {"a": {"b": 1, "c": 2}, "d": 3}, ["d"])[0].startswith("a.c an integer of")
+    differ = pd.differences({"a": {"b": 1, "c": 10**9999}, "d": 2}, {"a": {"b": 1, "c": 2}, "d": 3}, ["d"])
+    assert len(differ) == 1 and differ[0].startswith("a.c ") and len(differ[0]) < 99
 
 
 def test_folders(here, monkeypatch):
@@ -984,23 +817,15 @@ BAD = {
     # the config
     "no config": ({"config.yaml": None}, "", "config.yaml"),
     "not YAML": ({"config.yaml": "a: [1,\nb: }"}, "", "YAML"),
-    "nested without end": ({"config.yaml": "[" * 9999}, "", "YAML"),
     "a key twice": ({"config.yaml": "a: {b: 1, c: 2, b: 3}\n"}, "", "b twice"),
     "an alias bomb": ({"config.yaml": BOMB}, "", "aliases"),
-    "unknown key": ({}, f"{T}.colum_name=x", f"{T}.colum_name nearest {T}.column_name"),
+    "unknown key": ({}, f"{T}.colum_name=x", f"{T}.colum_name nearest column_name"),
     "missing key": (keys(n_ctx=None), "", f"{T}.n_ctx tokens"),
     "misspelt override": ({}, "train_dataset_confg.split=train[:1]", f"train_dataset_confg {T}"),
     "mistyped number": ({}, f"{T}.n_ctx=many", f"{T}.n_ctx integer many"),
-    "too large a number": ({}, f"{T}.n_ctx={'9' * 5000}", f"{T}.n_ctx"),
-    "mistyped text": ({}, f"{T}.name=[a]", f"{T}.name"),
-    "impossible number": ({}, f"{T}.n_ctx=1", f"{T}.n_ctx equal 2"),
-    "override into a value": ({}, f"{T}.name.x=1", "name"),
-    "a shard beyond its header": ({}, "--shard-tokens 3000000000", "3000000000"),
-    "a peek at nothing": ({}, "--peek 0", "--peek"),
     "both forms": ({}, "data.x=1", "data"),
     # splits
     "split syntax": ({}, f"{T}.split=train[5", "train[5"),
-    "split beyond 100%": ({}, f"{T}.split=train[:101%]", "101% 100%"),
     "no such split": ({}, f"{T}.split=validation", "validation docs.jsonl"),
     "empty slice": ({}, f"{T}.split=train[5:5]", "train[5:5]"),
     "slice of one document": ({"a.txt": "all"}, f"{T}.name=a.txt {T}.split=train[5:]", "<|endoftext|>"),
@@ -1011,32 +836,26 @@ BAD = {
     "broken UTF-8": (line(b'{"text": "\xff"}'), "", "line 5: utf-8"),
     "lone surrogate": (line(b'{"text": "a\\ud83d"}'), "", "line 5: surrogates"),
     "only empty documents": ({"docs.jsonl": jsonl(["", None])}, "", "docs.jsonl"),
-    "not gzip": ({"a.txt.GZ": "text"}, f"{T}.name=a.txt.GZ", "a.txt.GZ"),
     "a cut gzip": ({"a.txt.GZ": gzip.compress(b"text" * 99)[:-9]}, f"{T}.name=a.txt.GZ", "a.txt.GZ end"),
-    "zip": ({"a.txt.zip": "text"}, f"{T}.name=a.txt.zip", "a.txt.zip .zst"),
+    "zip": ({"a.txt.zip": "text"}, f"{T}.name=a.txt.zip", "a.txt.zip"),
     "no file": ({}, f"{T}.name=nowhere.jsonl", "nowhere.jsonl"),
     "a glob of nothing": ({}, f"{T}.name=x*.txt", "x*.txt"),
     "two kinds": ({"s/a.txt": "a", "s/b.jsonl": "b"}, f"{T}.name=s/*", ".jsonl .txt"),
     "a builder's name": ({"b/x.jsonl": jsonl(DOCS)}, f"{T}.name=json", "json format"),
     "a folder of .txt": ({"b/x.txt": "one\ntwo"}, f"{T}.name=b", "*.txt"),
-    "a folder in brackets": ({"b[1]/x.csv": "text\na"}, f"{T}.name=b[1]", "b[1]"),
-    "several configs": (two_configs(), f"{T}.name=b", "config_name one two"),
-    "no parquet": ({"x.parquet": "text"}, f"{T}.name=x.parquet", "x.parquet"),
+    "several configs": (TWO_CONFIGS, f"{T}.name=b", "config_name one two"),
     "column of a table": ({"x.csv": "a,b\n1,2"}, f"{T}.name=x.csv", "x.csv text a, b"),
-    "split of a table": ({"x.csv": "a,b\n1,2"}, f"{T}.name=x.csv {T}.split=test", "x.csv test train"),
     "no such hub id": ({}, f"{T}.name=nobody/nothing", "nobody/nothing"),
     "ids beyond the vocabulary": (ids([1, 2], [3, 70_000]), "", "line 2: 70000"),
-    "ids of 99 digits": (ids([1, 2], [10**99]), "", "line 2:"),
     "ids that are fractions": (ids([0.5]), "", "line 1: ids"),
     # tokenizers
     "no tokenizer": ({"tiny.json": None}, "", "tiny.json"),
     "broken tokenizer": ({"tiny.json": TINY[:-20]}, "", "tiny.json"),
     "tokenizer without EOS": ({"tiny.json": words_json(["a"], eos=None)}, "", "tiny.json end-of-sequence [EOS]"),
     "vocabulary too large": ({"tiny.json": words_json([f"w{i}" for i in range(70_000)])}, "", "70002 65536"),
-    "model too small": ({}, "model.vocab_size=50", "model.vocab_size 50 114"),
     "two tokenizers": ({}, f"{T}.train_tokenizer_vocab_size=300", "train_tokenizer_vocab_size hf_tokenizer_path"),
     "no tokenizer key": (keys(hf_tokenizer_path=None), "", "hf_tokenizer_path"),
-    "val's own tokenizer": ({}, "val_dataset_config.hf_tokenizer_path=x.json", "x.json"),
+    "val's own tokenizer": ({}, "val_dataset_config.hf_tokenizer_path=x.json", "val_dataset_config tokenizer"),
     "BPE of ids": (keys(hf_tokenizer_path=None, train_tokenizer_vocab_size=300, is_tokenized=True), "", "is_tokenized"),
     "no such hub tokenizer": ({}, f"{T}.hf_tokenizer_path=nobody/nothing", "nobody/nothing network tokenizer.json"),
     "no gpt2": ({}, f"{T}.hf_tokenizer_path=gpt2", "TIKTOKEN_CACHE_DIR"),
@@ -1059,18 +878,10 @@ def test_mistakes(here, run_here, kind, monkeypatch, tmp_path_factory):
     assert (tree(here), sorted(here.rglob("*"))) == before, "it wrote something"
 
 
-def test_without_datasets(here):
-    """What is missing is named, in one line."""
-    write_files(here, {"fake/datasets.py": "raise ImportError('no datasets here')", "x.csv": "text"})
-    done = run("prepare_data.py", "config.yaml", f"{T}.name=x.csv", env={"PYTHONPATH": str(here / "fake")})
-    refused(done, "pip install datasets")
-    assert done.stderr.count("\n") == 1
-
-
 def test_a_bad_row_after_finished_shards(here, run_here):
     """The row is named. What was made of the old source is not mixed with the new one."""
     rows = jsonl([*stories(3000), 3, "end"])
     write_files(here, {"docs.jsonl": rows, "config.yaml": GOOD})
-    refused(run_here("--shard-tokens", 1), "line 3001", "int")
+    refused(run_here("--shard-tokens", 1), "line 3001", "text")
     write_files(here, {"docs.jsonl": rows.replace(b": 3}", b': "3"}')})
     refused(run_here("--shard-tokens", 1), "delete out")

@@ -31,11 +31,8 @@ RUN |= {"val_max_steps": 2, "train_log_every": 1, "sample_every": 0, "resume_eve
 RUN |= {"intermediate_checkpoints": False, "device": "cpu"}
 
 # Appended to models.py, so that a run takes long enough to be interrupted.
-SLOW = """
-import time
-forward = GPT2Simple.forward
-GPT2Simple.forward = lambda *args, **options: time.sleep(0.1) or forward(*args, **options)
-"""
+SLOW = "import time\nforward = GPT2Simple.forward\n"
+SLOW += "GPT2Simple.forward = lambda *args, **options: time.sleep(0.1) or forward(*args, **options)\n"
 
 
 def call(*command, env=None, cwd=None, code=0) -> str:
@@ -62,17 +59,11 @@ def make_repo(folder: Path, train: str | None = None) -> Path:
     folder.mkdir(parents=True)
     for path in [*ROOT.glob("*.py"), ROOT / "slurm_submit.sh"]:
         shutil.copy(path, folder)
-    with open(folder / "models.py", "a") as f:
-        f.write(SLOW)
     script = (ROOT / "slurm_submit.sh").read_text().replace("--cpus-per-task=4", "--cpus-per-task=1")
-    (folder / "slurm_submit.sh").write_text(script)
+    write_files(folder, {"slurm_submit.sh": script, "models.py": (ROOT / "models.py").read_text() + SLOW})
     if train:
         (folder / "train.py").write_text(f"import os, sys\nprint('out/') if '--check' in sys.argv else {train}\n")
     return folder
-
-
-def numbers(folder: Path) -> str:  # without times
-    return re.sub(r', "(tokens_per_s|mfu)": [^,}]+', "", (folder / "metrics.jsonl").read_text())
 
 
 # -----------------------------------------------------------------------------
@@ -106,7 +97,6 @@ class Job:
     env: dict
     id: str
     folder: Path  # of the run
-    starts: int = 1
 
     def __call__(self, *command) -> str:
         """The output of a SLURM command about this job."""
@@ -126,32 +116,29 @@ class Job:
             time.sleep(0.7)
         return value
 
-    def trains(self):
-        """Wait until this start has logged an update."""
-        seen = re.compile(rf"start {self.starts} .*\nstep [1-9]\d*/", re.DOTALL)
+    def trains(self, start: int = 1):
+        """Wait until this start of the job has logged an update."""
+        seen = re.compile(rf"start {start} .*\nstep [1-9]\d*/", re.DOTALL)
         self.until(lambda: seen.search(self.log()), "update")
 
     def process(self, node: int) -> int:
         """The process id of a node's rank, as soon as there is one: it is importing."""
-        return self.until(lambda: self.ranks().get(f"n{node}"), f"rank on node {node}")
+        rank = re.compile(rf"(?m)^ *(\d+)(?=.* SLURM_JOB_ID={self.id}\b)(?=.* SLURMD_NODENAME=n{node}\b).* RANK=")
+        found = self.until(lambda: rank.findall(call("ps", "axeww", "-o", "pid=,command=")), f"rank on node {node}")
+        return int(found[-1])
 
-    def ranks(self) -> dict[str, int]:
-        lines = call("ps", "axeww", "-o", "pid=,command=").splitlines()
-        ours = [line for line in lines if f" SLURM_JOB_ID={self.id} " in line and " RANK=" in line]
-        return {re.search(r" SLURMD_NODENAME=(\S*)", line)[1]: int(line.split()[0]) for line in ours}
+    def ends(self, state: str, restarts: int = 0):
+        """Wait for the end after so many restarts."""
+        waits = "PENDING", "RUNNING", "COMPLETING"
+        self.until(lambda: int(self.about("Restarts")) >= restarts and self.about("JobState") not in waits, "end")
+        assert (self.about("JobState"), self.about("Restarts")) == (state, str(restarts)), self.log()
 
-    def is_requeued(self):
-        self.until(lambda: int(self.about("Restarts")) == self.starts, "requeue")
-        self.starts += 1
-
-    def ends(self, state: str):
-        self.until(lambda: self.about("JobState") not in ("PENDING", "RUNNING", "COMPLETING"), "end")
-        assert (self.about("JobState"), self.about("Restarts")) == (state, str(self.starts - 1)), self.log()
-
-    def completes(self, expected: Path):
-        self.ends("COMPLETED")
+    def completes(self, expected: Path, restarts: int = 0):
+        self.ends("COMPLETED", restarts)
         assert (self.folder / "status").read_text() == "finished\n"
-        assert numbers(self.folder) == numbers(expected)
+        texts = [(folder / "metrics.jsonl").read_text() for folder in (self.folder, expected)]
+        numbers = [re.sub(r', "(tokens_per_s|mfu)": [^,}]+', "", text) for text in texts]
+        assert numbers[0] == numbers[1]
         weights = f"checkpoints/model_step_{N}.pt"
         assert (self.folder / weights).read_bytes() == (expected / weights).read_bytes()
 
@@ -188,10 +175,9 @@ def crash_on_one_node(repo, x, env, expected):
     os.kill(job.process(node=2), signal.SIGKILL)
     job.ends("FAILED")
     job("scontrol", "requeue")
-    job.is_requeued()
-    job.trains()
+    job.trains(start=2)
     os.kill(job.process(node=2), signal.SIGKILL)
-    job.ends("FAILED")
+    job.ends("FAILED", restarts=1)
 
 
 def requeue_and_scancel(repo, x, env, expected):
@@ -200,10 +186,9 @@ def requeue_and_scancel(repo, x, env, expected):
     (repo / "train.py").rename(repo / "train.txt")  # the job does not see it
     job.trains()
     job("scontrol", "requeue")
-    job.is_requeued()
-    job.trains()
+    job.trains(start=2)
     job("scancel")
-    job.ends("CANCELLED")
+    job.ends("CANCELLED", restarts=1)
     job.until(lambda: (job.folder / "status").read_text() == "interrupted\n", "saved state")
     (repo / "train.txt").rename(repo / "train.py")
     again = submit(repo, env, "--n_gpus=2", x, f"run_dir={job.folder}")
@@ -215,8 +200,7 @@ def time_limit(repo, x, env, expected):
     """SLURM's own signal, without GPUs: with these options it comes 20 to 50 seconds after the start."""
     options = "--time=1", "--signal=USR1@10", "--gpus-per-node=0"
     job = sbatch(repo, env, *options, "slurm_submit.sh", x, "num_iterations=2000", "run_dir=run")
-    job.is_requeued()
-    job.trains()
+    job.trains(start=2)
     job("scancel")
 
 
@@ -230,10 +214,9 @@ def array(repo, x, env, expected):
     fourth.trains()
     (repo / "train.py").unlink()  # the second start does not see it
     fourth("scancel", "--signal=TERM")
-    fourth.is_requeued()
     third.ends("COMPLETED")
     assert "seed: 3\n" in (third.folder / "final_config.yaml").read_text()
-    fourth.completes(expected[1])
+    fourth.completes(expected[1], restarts=1)
 
 
 def preemption_with_grace_time(repo, x, env, expected):
@@ -245,10 +228,8 @@ def preemption_with_grace_time(repo, x, env, expected):
     job.trains()
     (early_repo / "again").touch()
     sbatch(repo, env, "--wait", "--partition=urgent", "--nodelist=n3", "--exclusive", "--wrap=true")
-    early.is_requeued()
-    early.ends("COMPLETED")
-    job.is_requeued()
-    job.completes(expected[1])
+    early.ends("COMPLETED", restarts=1)
+    job.completes(expected[1], restarts=1)
 
 
 def signals_without_end(repo, x, env, expected):
@@ -259,11 +240,13 @@ def signals_without_end(repo, x, env, expected):
 
 
 def mistakes(repo, x, env, expected):
-    """The log says what is wrong."""
+    """The log says what is wrong. What sbatch refuses leaves nothing."""
     for options, name, word in [((), "no.yaml", "no.yaml"), (["--gpus-per-node=2"], x, "--ntasks-per-node")]:
         job = sbatch(repo, env, *options, "slurm_submit.sh", name)
         job.ends("FAILED")
         assert word in job.log() and "Traceback" not in job.log()
+    says = call(repo / "slurm_submit.sh", "--partition", "nowhere", x, env=env, cwd=repo, code=1)
+    assert "invalid partition" in says and not list((repo / "out" / "target_models").iterdir())
 
 
 SCENARIOS = [requeue_and_scancel, time_limit, preemption_with_grace_time, array, crash_on_one_node, two_nodes]
@@ -290,12 +273,6 @@ def test_scenario(outcomes, scenario):
 # the command line
 
 
-def test_what_sbatch_refuses_leaves_nothing(cluster, tmp_path, x):
-    says = call(ROOT / "slurm_submit.sh", "--partition", "nowhere", x, env=cluster, cwd=tmp_path, code=1)
-    assert "invalid partition" in says
-    assert not list((tmp_path / "out" / "target_models").iterdir())
-
-
 def test_dry_run(tmp_path, x):
     override = "train_dataset_config.split=train[:'90%']"
     options = "--n_gpus", "2", "--nodes=2", "--time", "1:00:00", "--job_name", "a b", "--partition=p"
@@ -307,14 +284,8 @@ def test_dry_run(tmp_path, x):
     assert not (tmp_path / "out").exists()
 
 
-MISTAKES = [
-    ([], "config"),
-    (["no.yaml"], "no.yaml"),
-    (["CONFIG", "model.n_lyer=3"], "n_layer"),
-    (["--nodes=2", "--n_gpus=3", "CONFIG"], "divisible"),
-    (["CONFIG", "--gpus", "3"], "--gpus"),
-    (["--n_gpus", "four", "CONFIG"], "four"),
-]
+MISTAKES = [([], "config"), (["CONFIG", "model.n_lyer=3"], "n_layer"), (["CONFIG", "--gpus", "3"], "--gpus")]
+MISTAKES += [(["--nodes=2", "--n_gpus=3", "CONFIG"], "divisible"), (["--n_gpus", "four", "CONFIG"], "four")]
 
 
 @pytest.mark.parametrize("args, word", MISTAKES)

@@ -1,25 +1,23 @@
 """The contract with SPD: its steps with a model trained here, from the class that its config names to its hooks."""
 
 import copy
-import dataclasses
 import fnmatch
 import pickle
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
-import yaml
-from helpers import ROOT, bpe_json, environment, run
-from test_convert import SHAPE, random_model, write_run
+from helpers import ROOT, environment, write_files
+from test_convert import random_model, tokens, write_run
 from torch import nn
 from transformers import AutoTokenizer
 
-from models import MODEL_CLASSES, LlamaSimpleMLP, LlamaSimpleMLPConfig
+from models import MODEL_CLASSES
 
 five = pytest.mark.parametrize("name", MODEL_CLASSES)
 pytestmark = pytest.mark.usefixtures("one_thread")
+IDX = tokens(2)  # (2, 12)
 ATTENTION = [f"attn.{x}_proj" for x in "qkvo"]
 SWIGLU = [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
 PATHS = {
@@ -30,74 +28,32 @@ PATHS = {
     "LlamaSimpleMLP": ("h", [*ATTENTION, "mlp.c_fc", "mlp.down_proj"]),
 }
 
-# -----------------------------------------------------------------------------
-# from the run to the target model
-
+# What SPD does with the keys that its config has for the target model.
 SPD = """
-import collections.abc, importlib, torch, yaml
+import importlib, torch, yaml
 config = yaml.safe_load(open("spd.yaml"))
 module, _, name = config["pretrained_model_class"].rpartition(".")
-model_class = getattr(importlib.import_module(module), name)
-target = model_class.from_pretrained(config["pretrained_model_name"])
-target.eval().requires_grad_(False)
-out = target(torch.arange(8)[None])
-assert isinstance(out, collections.abc.Sequence)
+target = getattr(importlib.import_module(module), name).from_pretrained(config["pretrained_model_name"])
+out = target.eval().requires_grad_(False)(torch.arange(8)[None])
+assert isinstance(out, (tuple, list))
 torch.save(out[int(config["pretrained_model_output_attr"].split("_")[1])], "logits.pt")
 """
 
 
-def test_a_model_trained_here_is_what_spd_decomposes(tmp_path):
-    """train.py, then SPD's way to the target model, from another folder, with the keys that SPD's config has for it."""
-    for split in ("train", "val"):
-        tokens = np.random.default_rng(0).integers(0, 600, 500).astype("<u2")
-        header = np.array([20240520, 1, len(tokens)] + [0] * 253, "<i4")
-        (tmp_path / f"{split}_000000.bin").write_bytes(header.tobytes() + tokens.tobytes())
-    (tmp_path / "bpe.json").write_text(bpe_json())
-    shape = {"block_size": 8, "n_ctx": 8, "vocab_size": 600, "n_layer": 1, "n_head": 2, "n_embd": 8, "rotary_dim": 4}
-    shape = dataclasses.asdict(LlamaSimpleMLPConfig(**shape, n_intermediate=16, n_key_value_heads=1))
-    config = dict.fromkeys(("warmup_iters", "weight_decay", "val_loss_every", "sample_every"), 0) | {"dtype": "float32"}
-    config |= {"learning_rate": 1e-2, "learning_rate_decay_frac": 0.1, "grad_clip": None, "batch_size": 2}
-    config |= {"num_iterations": 3, "val_max_steps": 1, "intermediate_checkpoints": True, "compile": False}
-    section = {"name": "x", "n_ctx": 9, "path": str(tmp_path), "hf_tokenizer_path": str(tmp_path / "bpe.json")}
-    config |= {"model": shape, "train_dataset_config": section, "val_dataset_config": section, "device": "cpu"}
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    done = run("train.py", tmp_path / "c.yaml", f"run_dir={tmp_path / 'run'}")
-    assert done.returncode == 0, done.stderr
-    # All the fields of SPD's config, which forbids others.
-    assert yaml.safe_load((tmp_path / "run" / "model_config.yaml").read_text()) == shape
-
+def test_a_run_is_what_spd_decomposes(tmp_path):
+    """By the name of its class, from another folder."""
+    model = random_model("LlamaSimpleMLP")
+    folder = write_run(tmp_path / "run", model)
     keys = {"pretrained_model_class": "models.LlamaSimpleMLP", "pretrained_model_output_attr": "idx_0"}
-    (tmp_path / "spd.yaml").write_text(yaml.safe_dump(keys | {"pretrained_model_name": str(tmp_path / "run")}))
+    write_files(tmp_path, {"spd.yaml": keys | {"pretrained_model_name": str(folder)}})
     env, command = environment({"PYTHONPATH": str(ROOT)}), [sys.executable, "-c", SPD]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    model = LlamaSimpleMLP(LlamaSimpleMLPConfig(**shape))
-    model.load_state_dict(torch.load(tmp_path / "run" / "checkpoints" / "model_step_3.pt"))
     assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.arange(8)[None])[0])
-
     # SPD's loader joins documents with the text of EOS, which must be read as one token.
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     first, eos, second = (tokenizer.encode(text) for text in ("one", tokenizer.eos_token, "two"))
     assert eos == [1] and tokenizer.encode(tokenizer.eos_token.join(["one", "two"])) == first + eos + second
-
-
-# -----------------------------------------------------------------------------
-# the target model in parts
-
-
-@pytest.fixture
-def target(tmp_path):
-    """A function that loads a run's model as SPD does."""
-
-    def load(name):
-        folder = write_run(tmp_path / "run", random_model(name), "{}")
-        return MODEL_CLASSES[name].from_pretrained(str(folder)).eval().requires_grad_(False)
-
-    return load
-
-
-def idx():
-    return torch.randint(SHAPE["vocab_size"], (2, 12), generator=torch.Generator().manual_seed(2))
 
 
 def paths(model, name) -> list[str]:
@@ -108,30 +64,28 @@ def paths(model, name) -> list[str]:
 
 
 @five
-def test_hooks_and_replaced_modules_take_effect(target, name):
+def test_hooks_and_replaced_modules_take_effect(name):
     """Patterns find every matrix. SPD's hooks get one positional tensor; what they return replaces the output."""
-    model = target(name)
-    base = model(idx())[0]
+    model = random_model(name).requires_grad_(False)
+    base = model(IDX)[0]
     assert {n for n, m in model.named_modules() if type(m) is nn.Linear} == {"lm_head", *paths(model, name)}
     for path in paths(model, name):
         module, seen = model.get_submodule(path), []
         handle = module.register_forward_hook(lambda *call, seen=seen: seen.append(call[1:]), with_kwargs=True)
-        assert torch.equal(model(idx())[0], base)
+        assert torch.equal(model(IDX)[0], base)
         handle.remove()
         [((x,), kwargs, output)] = seen  # it ran once
         assert kwargs == {} and x.shape[:2] == (2, 12)
         torch.testing.assert_close(nn.functional.linear(x, module.weight, module.bias), output)
-        handle = module.register_forward_hook(lambda m, args, kwargs, out: out + 1, with_kwargs=True)
-        assert not torch.allclose(model(idx())[0], base), path
+        handle = module.register_forward_hook(lambda m, args, out: out + 1)
+        assert not torch.allclose(model(IDX)[0], base), path
         handle.remove()
         model.set_submodule(path, nn.Linear(module.in_features, module.out_features))
-        assert not torch.allclose(model(idx())[0], base), path
+        assert not torch.allclose(model(IDX)[0], base), path
         model.set_submodule(path, module)
-        assert torch.equal(model(idx())[0], base)
-    block = model.h[1]
+        assert torch.equal(model(IDX)[0], base)
     model.h[1] = nn.Identity()
-    assert not torch.allclose(model(idx())[0], base)
-    model.h[1] = block
+    assert not torch.allclose(model(IDX)[0], base)
     if name == "Llama":  # an alias: registered under it, the new module would be ignored
         with pytest.raises(AttributeError, match="alias"):
             model.ln_f = nn.Identity()
@@ -139,33 +93,29 @@ def test_hooks_and_replaced_modules_take_effect(target, name):
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 @five
-def test_copies_are_whole_and_independent(target, name, clone):
-    model = target(name)
-    base, twin = model(idx())[0], clone(model)
+def test_copies_are_whole_and_independent(name, clone):
+    model = random_model(name).requires_grad_(False)
+    base, twin = model(IDX)[0], clone(model)
     other = {key: p + 0.1 for key, p in model.named_parameters()}
-    changed = torch.func.functional_call(model, other, (idx(),))[0]
-    assert torch.equal(twin(idx())[0], base) and not torch.allclose(changed, base)
+    changed = torch.func.functional_call(model, other, (IDX,))[0]
+    assert torch.equal(twin(IDX)[0], base) and not torch.allclose(changed, base)
     assert twin.lm_head.weight is twin.wte.weight and twin.config == model.config
     for p in twin.parameters():
         p += 0.1
-    assert torch.equal(twin(idx())[0], changed) and torch.equal(model(idx())[0], base)
+    assert torch.equal(twin(IDX)[0], changed) and torch.equal(model(IDX)[0], base)
 
 
 @five
-def test_components_learn_through_a_frozen_model(target, name):
+def test_components_learn_through_a_frozen_model(name):
     """V·U in place of a weight, under autocast as in SPD: the gradient reaches them, and nothing else."""
-    model = target(name)
+    model = random_model(name).requires_grad_(False)
     module = model.get_submodule(paths(model, name)[0])
     V, U = nn.Parameter(torch.randn(module.in_features, 3)), nn.Parameter(torch.randn(3, module.out_features))
     module.register_forward_hook(lambda m, args, out: args[0] @ V @ U)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = model(idx())[0].float().log_softmax(-1)[..., 0].mean()
+        loss = model(IDX)[0].float().log_softmax(-1)[..., 0].mean()
     loss.backward()
     assert V.grad.any() and U.grad.any() and all(p.grad is None for p in model.parameters())
-
-
-# -----------------------------------------------------------------------------
-# attention patterns, as SPD's scripts compute them
 
 
 @pytest.mark.parametrize("adjacent", [False, True], ids=["halves", "adjacent"])
@@ -176,14 +126,13 @@ def test_attention_patterns_and_the_names_that_scripts_read(name, adjacent):
     model, seen = random_model(name, flash_attention=False, **options).requires_grad_(False), []
     for block in model._h:
         block.attn.softmax.register_forward_hook(lambda m, args, out: seen.append(out))
-    logits = model(idx())[0]
-    x, (B, T) = model.embed(idx()), idx().shape
+    logits = model(IDX)[0]
+    x, (B, T) = model.embed(IDX), IDX.shape
     for block, pattern in zip(model._h, seen, strict=True):
         attn, normed = block.attn, (block.rms_1 if "Llama" in name else block.ln_1)(x)
         heads = (attn.n_head, attn.n_key_value_heads, attn.n_key_value_heads)
         parts = zip(attn.qkv(normed), heads, strict=True)
         q, k, v = (z.view(B, T, n, attn.head_dim).transpose(1, 2) for z, n in parts)
-        assert hasattr(attn, "apply_rotary_pos_emb") == ("Llama" in name)
         if "Llama" in name:
             position = torch.arange(T)[None]
             q, k = attn.apply_rotary_pos_emb(q, k, attn.rotary_cos[position], attn.rotary_sin[position])
@@ -197,4 +146,4 @@ def test_attention_patterns_and_the_names_that_scripts_read(name, adjacent):
     torch.testing.assert_close(model.lm_head(model.ln_f(x)), logits)
     # A hook may also replace the pattern.
     model.h[0].attn.softmax.register_forward_hook(lambda m, args, out: torch.eye(T).expand_as(out))
-    assert not torch.allclose(model(idx())[0], logits)
+    assert not torch.allclose(model(IDX)[0], logits)

@@ -4,7 +4,6 @@ import base64
 import hashlib
 import json
 import threading
-import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
@@ -96,7 +95,7 @@ class Server:
         return sorted(name for name in self.asked if name not in ("graphql", "stream"))
 
     def met(self, handler, name: str, body: bytes) -> bool:
-        """Whether a fault took the place of the answer: a status, "cut", "endless" or "hang"."""
+        """Whether a fault took the place of the answer: a status, "cut" or "endless"."""
         self.asked.append(name)
         fault = self.faults[name].pop(0) if self.faults.get(name) else None
         if isinstance(fault, int):
@@ -107,8 +106,6 @@ class Server:
             handler.answer(200, body, 2**40)
             for _ in range(2**10):
                 self.endless += handler.wfile.write(bytes(2**20))
-        elif fault == "hang":
-            time.sleep(30)
         handler.close_connection = bool(fault)
         return bool(fault)
 

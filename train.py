@@ -72,6 +72,7 @@ Positive = Annotated[int, Field(ge=1, le=2**31)]
 Seed = Annotated[int, Field(ge=0, le=2**62)]
 Rate = Annotated[float, Field(gt=0, le=1e6)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
@@ -99,7 +100,7 @@ class Config(Section):
     muon_learning_rate: Rate | None = Field(None, description="the peak with muon; null: 0.005")
     warmup_iters: Count = Field(description="updates of linear warm-up; a cosine follows")
     learning_rate_decay_frac: Fraction = Field(description="the last update's rate as a fraction of the peak")
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's")
     weight_decay: float = Field(ge=0, le=1e6, description="on tensors of two dimensions and more")
     grad_clip: float | None = Field(gt=0, description="largest gradient norm; null: no clipping")
     zero_stage: Literal[0, 1] = Field(0, description="1 shards AdamW's state over the ranks")
@@ -109,7 +110,9 @@ class Config(Section):
         description="precision of matrix products; float16 needs CUDA"
     )
     micro_batch_size: Positive | None = Field(None, description="sequences per rank and forward; null: all")
-    device: str | None = Field(None, pattern=r"^(cpu|mps|cuda(:\d{1,4})?)$", description="null: the best there is")
+    device: str | None = Field(
+        None, pattern=r"^(cpu|mps|cuda(:\d{1,4})?)$", description="cpu, cuda, cuda:1 or mps; null: the best"
+    )
     compile: bool = Field(True, description="torch.compile the model")
     tensorcores: bool = Field(True, description="TF32 for float32 products on CUDA")
 
@@ -187,6 +190,17 @@ def check_same_run(there: dict, c, what: str) -> None:
         raise UserError(f"{what} belongs to a run of another config: {'; '.join(differ)}; choose another run_dir")
 
 
+BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+
+
+def in_words(schema: dict) -> str:
+    """A JSON schema of one key as text, such as "integer >= 1 or null"."""
+    if "anyOf" in schema:
+        return " or ".join(map(in_words, schema["anyOf"]))
+    bounds = [f"{sign} {schema[bound]}" for bound, sign in BOUNDS.items() if bound in schema]
+    return " ".join([str(schema.get("enum") or schema.get("type", "section")), *bounds])
+
+
 def print_help() -> None:
     """Print every key with its type, bounds, default and meaning."""
     print(__doc__)
@@ -194,8 +208,8 @@ def print_help() -> None:
     for title, section in ({"the config": schema} | schema["$defs"]).items():
         print(f"keys of {title}:")
         for name, about in section["properties"].items():
-            details = [f"{k} {v}" for k, v in about.items() if k not in ("title", "description")]
-            print(f"  {name} ({', '.join(details)}): {about.get('description', '')}")
+            default = f"default {json.dumps(about['default'])}" if "default" in about else "required"
+            print(f"  {name} ({in_words(about)}, {default}): {about.get('description', '')}")
 
 
 # -----------------------------------------------------------------------------

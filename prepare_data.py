@@ -1169,10 +1169,10 @@ def first_look(source: Source, vocab_size: int) -> None:
 
 
 def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard_tokens: int) -> None:
-    """Write the tokenizer and the shards of the splits in `configs`, or go on where an interrupted preparation was.
+    """Write the tokenizer and the shards of the splits in `configs`, or resume an interrupted preparation.
 
-    dataset.json is written again after each shard. A kill leaves at most a shard that it does not list yet, and which
-    is written again.
+    dataset.json is written again after each shard. A kill leaves at most one shard that dataset.json does not list yet;
+    that shard is written again.
     """
     here = {split: identity(c, shard_tokens) for split, c in configs.items()}
     if found_in(folder, here).get("finished"):
@@ -1198,7 +1198,7 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     }
     modified = {}
     for split, source in sources.items():
-        # A source written to in between would be mixed of two versions: its size alone may not tell.
+        # Shards must not mix two versions of a source, which may have the same size.
         modified[split] = digest([[p.stat().st_mtime_ns for p in files_named(source.section)], source.files])
     begun = {"tokenizer": tokenizer, "modified": modified}
     splits = {split: {"shards": [], "place": (0, 0, 0)} for split in configs}
@@ -1206,7 +1206,7 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     differ = differences({key: record[key] for key in begun}, begun)
     if differ:
         raise UserError(f"the source or the tokenizer changed since {folder} was begun ({differ[0]}): delete {folder}")
-    write_record(folder, record)  # first of all: it tells that the rest of the folder is ours
+    write_record(folder, record)  # before all other files: it marks the folder as prepared here
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))

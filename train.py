@@ -384,7 +384,7 @@ class Log:
     def __init__(self, folder: Path, c, p, lines: dict[str, int], peak: float):
         self.folder, self.c = folder, c
         self.lines = lines  # file -> lines in it
-        self.peak = peak  # tokens/s if matrix products took all the time, at their largest rate
+        self.peak = peak  # tokens/s if the device did nothing but matrix products, at its highest rate
         self.pending = []  # (update, when it began, learning rate, loss and gradient norm) since the last flush
         self.rate = None  # tokens/s of the last flush; none for the first update, which compiles
         self.wandb = None  # W&B's run
@@ -397,7 +397,7 @@ class Log:
         return self
 
     def __exit__(self, kind, error, trace) -> None:
-        """Say in main.log and status what ended the run, whatever it was."""
+        """Write the error that ended the run, whatever it was, to main.log, and set status to failed."""
         if error is not None and self.files:
             traceback.print_exception(error, file=self.files["main.log"])
             write_text(self.folder / "status", "failed\n")
@@ -433,13 +433,13 @@ class Log:
             self.wandb.save(path, base_path=path.parent, policy="now")
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print a line to the console and to main.log."""
         if self.files:
             print(text, flush=True)
             print(text, file=self.files["main.log"])
 
     def write(self, name: str, line: dict) -> None:
-        """A line for programs."""
+        """Append a JSON line to a file of the run folder, and log it to W&B."""
         if self.files:
             print(json.dumps(line), file=self.files[name])
             self.lines[name] += 1
@@ -462,7 +462,7 @@ class Log:
         per_update = self.c.batch_size * self.c.model.block_size
         rate = len(values) * per_update / (time.monotonic() - self.pending[0][1])
         for (s, _, lr, _), (loss, norm) in zip(self.pending, values, strict=True):
-            # float16's scaler skips an update whose norm overflows; any other would spoil the weights
+            # float16's scaler skips an update whose norm overflows; any other makes the weights NaN
             skipped = self.c.dtype == "float16" and not math.isfinite(norm)
             if not math.isfinite(loss if skipped else loss + norm):
                 raise UserError(

@@ -77,14 +77,18 @@ def cluster():
         pytest.skip("a SLURM for tests needs ../shared/slurm/start-slurm.sh, Debian and root")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     folder.chmod(0o755)  # munge wants it open to all
-    env = environment({"SLURM_LAB_DIR": str(folder), "NETNS": "1", "NODES": "3", "SBATCH_EXPORT": "NONE"})
-    env |= {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": PATH}
+    env = environment({"SLURM_LAB_DIR": str(folder), "NETNS": "1", "NODES": "3", "GPUS": "8"})
+    env |= {"SLURM_CONF": f"{folder}/slurm.conf", "PATH": PATH, "SBATCH_EXPORT": "NONE"}
     with FileLock(Path(tempfile.gettempdir(), "slurm-tests.lock")), open(folder / "start.log", "w") as log:
         try:
             started = subprocess.run([START, "start"], env=env, stdout=log, stderr=log)
             if not shutil.which("slurmctld", path=PATH):
                 pytest.skip("SLURM could not be installed")
             assert started.returncode == 0, (folder / "start.log").read_text()
+            # A partition of its own for the scenario in which jobs are preempted: no other job may be.
+            call("scontrol", "update", "PartitionName=main", "Nodes=n[1-2]", env=env)
+            third = "PartitionName=third", "Nodes=n3", "PriorityTier=1", "PreemptMode=REQUEUE", "GraceTime=20"
+            call("scontrol", "create", *third, env=env)
             yield env
         finally:
             subprocess.run([START, "stop"], env=env, stdout=log, stderr=log)
@@ -129,8 +133,8 @@ class Job:
 
     def ends(self, state: str, restarts: int = 0):
         """Wait for the end after so many restarts."""
-        waits = "PENDING", "RUNNING", "COMPLETING"
-        self.until(lambda: int(self.about("Restarts")) >= restarts and self.about("JobState") not in waits, "end")
+        ends = "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"
+        self.until(lambda: int(self.about("Restarts")) >= restarts and self.about("JobState") in ends, "end")
         assert (self.about("JobState"), self.about("Restarts")) == (state, str(restarts)), self.log()
 
     def completes(self, expected: Path, restarts: int = 0):
@@ -220,10 +224,10 @@ def array(repo, x, env, expected):
 
 
 def preemption_with_grace_time(repo, x, env, expected):
-    """Of a job that trains, and of one that has no handlers yet. The third node is theirs."""
+    """Of a job that trains, and of one that has no handlers yet."""
     early_repo = make_repo(repo.parent / "early", "os.path.exists('again') or os.execlp('sleep', 'python', '100')")
-    early = sbatch(early_repo, env, "--nodelist=n3", "--cpus-per-task=2", "slurm_submit.sh", x)
-    job = sbatch(repo, env, "--nodelist=n3", "slurm_submit.sh", x, "run_dir=run")
+    early = sbatch(early_repo, env, "--partition=third", "--cpus-per-task=2", "slurm_submit.sh", x)
+    job = sbatch(repo, env, "--partition=third", "slurm_submit.sh", x, "run_dir=run")
     assert "\0OMP_NUM_THREADS=2\0" in Path(f"/proc/{early.process(node=3)}/environ").read_text()
     job.trains()
     (early_repo / "again").touch()

@@ -436,9 +436,9 @@ class LanguageModel(nn.Module):
             raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
         try:
             x = self.embed(idx)  # (B, T, C)
-        except IndexError:  # of a CPU's nn.Embedding, which does not name the id
-            self.check_ids(idx)
-            raise
+        except IndexError as e:  # of a CPU's nn.Embedding, which does not name the id
+            ids = f"token ids from {idx.min()} to {idx.max()}"
+            raise ValueError(f"{ids} go beyond the vocabulary of {self.config.vocab_size}") from e
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)
@@ -454,12 +454,6 @@ class LanguageModel(nn.Module):
         loss = summed_loss(logits.flatten(0, -2), targets) / n_targets
         return (logits if return_logits else None), loss
 
-    def check_ids(self, idx) -> None:
-        """Raise ValueError if idx (any shape, int64) holds a token id outside the vocabulary."""
-        bad = idx[(idx < 0) | (idx >= self.config.vocab_size)]
-        if bad.numel():
-            raise ValueError(f"token id {bad[0].item()} is outside the vocabulary of {self.config.vocab_size}")
-
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k=None, eos_token_id=None):
         """idx (T,) or (B, T) int64 -> the same with up to max_new_tokens more.
@@ -474,7 +468,6 @@ class LanguageModel(nn.Module):
         idx = torch.atleast_2d(idx)
         if idx.numel() == 0:
             raise ValueError("an empty prompt: begin with a token, such as the tokenizer's EOS")
-        self.check_ids(idx)
         # There is no cache of keys and values: every new token costs a forward over the whole context.
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -549,12 +542,10 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
     check.json holds a window of n_ctx + 1 token ids and the loss that the model had on it when it was saved. Weights
     can load without an error into a model that computes something else: other RoPE frequencies, another epsilon.
     """
-    folder = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
-    file = folder / "check.json"
-    if not file.exists():
-        return
-    check = json.loads(file.read_text())
-    if checkpoint.stem != f"model_step_{check['step']}":
+    # The run's folder is checkpoints/'s parent, or, in a copy from W&B, the checkpoint's own.
+    files = [folder / "check.json" for folder in checkpoint.parents[:2] if (folder / "check.json").exists()]
+    check = json.loads(files[0].read_text()) if files else {}
+    if checkpoint.stem != f"model_step_{check.get('step')}":
         return
     ids = torch.tensor(check["ids"])[None]  # (1, n_ctx + 1)
     with torch.no_grad():

@@ -3,8 +3,7 @@
     python convert.py RUN --hf DIR
     python convert.py RUN --param-decomp DATA_ROOT --as PROJECT/RUN_ID
 
-RUN is what run_info.py takes: a run folder, a checkpoint or a run on W&B. What the other side cannot express is refused
-by name. `from_hugging_face` reads the other way: GPT2.from_pretrained("gpt2").
+RUN is a run folder, a checkpoint or a run on W&B. What the other side cannot express is refused by name.
 """
 
 import argparse
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from prepare_data import UserError, tokenizer_config, validated, whole_file, write_text
+from prepare_data import UserError, differences, local, tokenizer_config, validated, whole_file, write_text
 from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
@@ -39,17 +38,18 @@ SPELLINGS = (
     (r"\.mlp\.c_proj\.", ".mlp.down_proj."),
     (r"\.mlp\.c_fc\.", ".mlp.up_proj."),
 )
-QUERIES_KEYS = r"\.attn\.[qk]_proj\."
 # Projections that are merged in some models -> their parts, of equal size, in order.
 MERGED = {".c_attn.": (".q_proj.", ".k_proj.", ".v_proj."), ".kv_attn.": (".k_proj.", ".v_proj.")}
 
 
-def canonical(model, head_size: int, adjacent: bool) -> dict:
-    """{name in LlamaSimple's spelling: view of the values} of every parameter of a model, ours or Hugging Face's.
-
-    Weights are (out, in). RoPE turns two dimensions of a head together: 2i and 2i + 1 if `adjacent`, or else i and
-    i + head_size / 2, as everywhere at Hugging Face's.
-    """
+def canonical(model) -> dict:
+    """{name in LlamaSimple's spelling: view of the values, (out, in)} of every parameter, ours or Hugging Face's."""
+    c = model.config
+    head_size = c.head_dim if hasattr(c, "head_dim") else c.n_embd // c.n_head
+    # RoPE turns two rows of a head together: 2i and 2i + 1 if adjacent, or else, as everywhere at Hugging Face's, i and
+    # i + head_size / 2. So the rows of q and k become (nh, 2, hs / 2), of which the two are in the middle.
+    adjacent = getattr(c, "rotary_adjacent_pairs", False)
+    rows = (-1, head_size // 2, 2) if adjacent else (-1, 2, head_size // 2)
     views = {}
     for name, x in model.named_parameters():  # a tied weight once
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -61,28 +61,27 @@ def canonical(model, head_size: int, adjacent: bool) -> dict:
         merged = next((part for part in MERGED if part in name), "")
         parts = MERGED.get(merged, [""])
         for part, view in zip(parts, x.chunk(len(parts)), strict=True):
-            views[name.replace(merged, part)] = view
-    for name, x in views.items():
-        # The rows of q and k by head, pair and place within the pair: (nh, hs / 2, 2, ...).
-        if re.search(QUERIES_KEYS, name):
-            pairs = x.unflatten(0, (-1, head_size // 2, 2) if adjacent else (-1, 2, head_size // 2))
-            views[name] = pairs if adjacent else pairs.transpose(1, 2)
+            key = name.replace(merged, part)
+            if re.search(r"\.[qk]_proj\.", key):
+                view = view.unflatten(0, rows)
+                view = view.transpose(1, 2) if adjacent else view
+            views[key] = view
     return views
 
 
-def copy_parameters(ours, hf, to_hf: bool) -> None:
-    """Copy every parameter of our model to Hugging Face's, or back. Raises UserError if one has no partner."""
-    head_size = ours.config.n_embd // ours.config.n_head
-    here = canonical(ours, head_size, getattr(ours.config, "rotary_adjacent_pairs", False))
-    there = canonical(hf, head_size, False)
+def copy_parameters(source, target) -> None:
+    """Copy every parameter of `source` to `target`: one is our model, the other Hugging Face's.
+
+    Raises UserError if a parameter of either has no partner.
+    """
+    here = canonical(source)
+    there = canonical(target)
     alone = {(name, x.shape) for name, x in here.items()} ^ {(name, x.shape) for name, x in there.items()}
     if alone:
-        names = f"{type(ours).__name__} and {type(hf).__name__}"
-        raise UserError(f"{names} differ in parameters: {[name for name, _ in sorted(alone)[:8]]}")
+        raise UserError(f"{type(source).__name__} and {type(target).__name__} differ in {sorted(alone)[:8]}")
     with torch.no_grad():
-        for name, x in here.items():
-            source, target = (x, there[name]) if to_hf else (there[name], x)
-            target.copy_(source)
+        for name, x in there.items():
+            x.copy_(here[name])
 
 
 # -----------------------------------------------------------------------------
@@ -112,26 +111,25 @@ def import_transformers():
     return transformers
 
 
-def hf_fields(c, name: str) -> dict:
-    """Hugging Face's config for our model class `name` with the config `c`. Raises UserError if it has none."""
-    if name not in HF_TYPES:
-        raise UserError(f"Hugging Face's class for {name} is not known: add it to HF_TYPES in convert.py")
+def hf_fields(cls, c) -> dict:
+    """Hugging Face's config for our model class `cls` with the config `c`. Raises UserError if it has none."""
+    kind = HF_TYPES.get(cls.__name__)
+    if not kind:
+        raise UserError(f"Hugging Face's class for {cls.__name__} is not known: add it to HF_TYPES in convert.py")
     fields = {theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items() if hasattr(c, ours)}
-    fields |= {"model_type": HF_TYPES[name], "tie_word_embeddings": True}
-    if HF_TYPES[name] == "gpt2":
-        fields |= {"n_inner": 4 * c.n_embd, "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        fields |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
-        return fields
-    if not c.use_grouped_query_attention:  # a merged c_attn, which has as many key/value heads as query heads
+    fields |= {"model_type": kind, "tie_word_embeddings": True, "n_ctx": c.block_size}  # llama.cpp reads n_ctx
+    if kind == "gpt2":
+        fields |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
+        return fields | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+    # A merged c_attn has as many key/value heads as query heads.
+    if not c.use_grouped_query_attention:
         fields["num_key_value_heads"] = c.n_head
-    fields["head_dim"] = c.n_embd // c.n_head
-    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rotary_base}
-    fields["hidden_act"] = "gelu_pytorch_tanh" if HF_TYPES[name] == "arcee" else "silu"
-    return fields
+    fields |= {"head_dim": c.n_embd // c.n_head, "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu"}
+    return fields | {"rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
 
 
 def from_hugging_face(cls, name: str):
-    """A model of our class `cls`, in eval mode, with the weights of Hugging Face's `name`, a folder or a hub id.
+    """What cls.from_pretrained(name) returns for a model of Hugging Face's, in a folder or at a hub id; in eval mode.
 
     Raises UserError if it cannot be loaded, or does not compute exactly what `cls` does.
     """
@@ -143,32 +141,25 @@ def from_hugging_face(cls, name: str):
     model = cls(our_config(cls, given, name))
     hf, report = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     # transformers draws at random what a file lacks, and leaves out what it does not know.
-    wrong = {*report["missing_keys"], *report["unexpected_keys"]}
-    if wrong:
-        raise UserError(f"{name} is no whole {given.model_type}: missing or unexpected are {sorted(wrong)[:8]}")
-    copy_parameters(model, hf, to_hf=False)
+    if wrong := {*report["missing_keys"], *report["unexpected_keys"]}:
+        raise UserError(f"{name} has missing or unexpected weights: {sorted(wrong)[:8]}")
+    copy_parameters(hf, model)
     return model.eval()
 
 
 def our_config(cls, given, name: str):
     """The config of our class `cls` for Hugging Face's config `given` of the model `name`. Raises UserError."""
-    kind = HF_TYPES.get(cls.__name__)
-    if given.model_type != kind:
-        raise UserError(f"{name} is Hugging Face's {given.model_type}, but {cls.__name__} can only load a {kind}")
-    known = cls.config_class.__dataclass_fields__
-    fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if ours in known}
-    if kind == "gpt2":
-        given.n_inner = given.n_inner or 4 * given.n_embd  # null is its default
-    else:
-        fields["n_ctx"] = fields["block_size"]
-        fields["rotary_dim"] = fields["n_embd"] // fields["n_head"]
-        fields["rotary_base"] = given.rope_parameters["rope_theta"]
+    if given.model_type != HF_TYPES.get(cls.__name__):
+        raise UserError(f"{name} is Hugging Face's {given.model_type}, which is no {cls.__name__}")
+    fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if hasattr(given, theirs)}
+    if given.model_type != "gpt2":
+        rotary = {"rotary_dim": given.head_dim, "rotary_base": given.rope_parameters["rope_theta"]}
+        fields |= rotary | {"n_ctx": given.max_position_embeddings}
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
-    wanted = hf_fields(c, cls.__name__) | {"sliding_window": None}
-    for field, value in wanted.items():
-        if getattr(given, field, value) != value:
-            raise UserError(f"{name} has {field} {getattr(given, field)}; a {cls.__name__} can only have {value}")
+    wanted = hf_fields(cls, c) | {"sliding_window": None}
+    if unlike := differences({field: getattr(given, field, value) for field, value in wanted.items()}, wanted):
+        raise UserError(f"{name} computes what no {cls.__name__} does: {'; '.join(unlike)}")
     return c
 
 
@@ -176,26 +167,23 @@ def hf_model(info: PretrainRunInfo):
     """Hugging Face's model with the weights of the run. Raises UserError."""
     transformers = import_transformers()
     model = info.load_model()
-    c, name = model.config, type(model).__name__
-    fields = hf_fields(c, name)
+    c = model.config
+    eos = info.eos_token_id
     # no pad_token_id: Llama's embedding would not train the row of that token, and pad is EOS
-    fields |= {"bos_token_id": info.eos_token_id, "eos_token_id": info.eos_token_id}
-    config = transformers.AutoConfig.for_model(**fields)
-    # For other readers: llama.cpp's converter, and transformers 4, which takes 10000 where rope_theta is missing.
-    config.n_ctx = c.block_size
+    config = transformers.AutoConfig.for_model(**hf_fields(type(model), c), bos_token_id=eos, eos_token_id=eos)
     if config.model_type == "gpt2":
         config.attn_pdrop = config.embd_pdrop = config.resid_pdrop = 0.0  # our models have no dropout
     else:
-        config.rope_theta = c.rotary_base
+        config.rope_theta = c.rotary_base  # for transformers 4, which takes 10000 where it is missing
     hf = transformers.AutoModelForCausalLM.from_config(config).eval()
-    copy_parameters(model, hf, to_hf=True)
+    copy_parameters(model, hf)
 
     # A fork of a model may compute something else with the same parameters.
     idx = torch.arange(min(c.block_size, c.vocab_size, 64))[None]  # (1, T)
     with torch.no_grad():
         here, there = model(idx)[0], hf(idx).logits  # (1, T, V)
     if not (here - there).abs().max() < 1e-3 * here.abs().max():
-        raise UserError(f"{type(hf).__name__} does not compute what {name} does: the logits differ")
+        raise UserError(f"{type(hf).__name__} does not compute what {type(model).__name__} does: the logits differ")
     return hf
 
 
@@ -204,15 +192,15 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
 
     Raises UserError if Hugging Face cannot express the model, or if there is something in `folder`.
     """
-    folder = folder.expanduser().absolute()
+    folder = local(folder)
     if folder.is_file() or any(folder.glob("*")):
         raise UserError(f"{folder} exists already: name a new folder, or an empty one")
     hf = hf_model(info)
+    encoder = info.encoder
     # Not the run's file itself: its tokenizer may add, pad or cut.
-    spec = json.loads(info.encoder.json) | {"truncation": None, "padding": None, "post_processor": None}
-    eos = info.encoder.eos_token
-    settings = json.loads(tokenizer_config(eos, for_transformers=True))
-    settings |= {"bos_token": eos, "model_max_length": hf.config.max_position_embeddings}
+    spec = json.loads(encoder.json) | {"truncation": None, "padding": None, "post_processor": None}
+    more = {"bos_token": encoder.eos_token, "model_max_length": hf.config.max_position_embeddings}
+    settings = json.loads(tokenizer_config(encoder.eos_token, for_transformers=True)) | more
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its place when all is in it.
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -223,19 +211,12 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
             path.chmod((part / "config.json").stat().st_mode)
         write_text(part / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
         write_text(part / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
-        check_tokenizer(part, spec, info.load_tokenizer())
+        # Text that looks like a special token must have the ids of training.
+        theirs = import_transformers().AutoTokenizer.from_pretrained(part)
+        for text in theirs.get_added_vocab():
+            if theirs(text).input_ids != info.load_tokenizer().encode(text).ids:
+                raise UserError(f"Hugging Face would read {text!r} in a text as a special token; training did not")
         os.replace(part, folder)
-
-
-def check_tokenizer(folder: Path, spec: dict, tok) -> None:
-    """Raise UserError if transformers reads one of the special tokens in a text as training did not."""
-    from transformers import AutoTokenizer
-
-    hf = AutoTokenizer.from_pretrained(folder)
-    for token in spec["added_tokens"]:
-        text = token["content"]
-        if hf(text).input_ids != tok.encode(text).ids:
-            raise UserError(f"Hugging Face would read {text!r} in a text as a special token; training did not")
 
 
 # -----------------------------------------------------------------------------
@@ -258,6 +239,14 @@ target:
 PARAM_DECOMP_WEIGHTS = r"(wte|ln_f|h\.\d+\.(rms_[12]|attn\.[qkvo]_proj|mlp\.(c_fc|down_proj)))\.weight"
 
 
+def own_name(info: PretrainRunInfo, data: bytes) -> str:
+    """entity/project/run id of the run on W&B (of its copy, or of the one that logged there), or one made of `data`."""
+    id_file = info.folder / "wandb_run_id"
+    run_id = id_file.read_text().strip() if id_file.exists() else f"t-{hashlib.sha256(data).hexdigest()[:8]}"
+    own = f"local/{info.config_dict.get('wandb_project') or 'pretrain'}/{run_id}"
+    return read_json(info.folder / LISTING, {"run": own})["run"]
+
+
 def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None) -> str:
     """Write the run as an entry of param-decomp's pretrain_cache/; returns the YAML lines that name it there.
 
@@ -267,38 +256,33 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
 
     model = info.load_model()
     c = model.config
-    for field, value in PARAM_DECOMP_FIELDS.items():
-        if getattr(c, field) != value:
-            raise UserError(f"param-decomp takes a model with {field} {value} only; here it is {getattr(c, field)}")
+    if unlike := differences(vars(c) | PARAM_DECOMP_FIELDS, vars(c)):
+        raise UserError(f"param-decomp's LlamaSimpleMLP is another model: {'; '.join(unlike)}")
     # Their file holds the tied weight once, as the embedding.
     weights = {key: x.float().contiguous() for key, x in model.state_dict().items() if key != "lm_head.weight"}
     if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
-        raise UserError(f"param-decomp's LlamaSimpleMLP has no {', '.join(unknown[:4])}")
+        raise UserError(f"param-decomp's LlamaSimpleMLP has no {unknown}")
     data = save(weights)
-    # The name is that of the run on W&B (of its copy, or of the one that logged there), or else made from the weights.
-    id_file = info.folder / "wandb_run_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else f"t-{hashlib.sha256(data).hexdigest()[:8]}"
-    own = f"local/{info.config_dict.get('wandb_project') or 'pretrain'}/{run_id}"
-    run_path = f"local/{name}" if name else read_json(info.folder / LISTING, {"run": own})["run"]
+    run_path = f"local/{name}" if name else own_name(info, data)
     found = wandb_run(run_path)
     if not found:
         raise UserError(f"{run_path} is no name: use --as PROJECT/RUN_ID, where RUN_ID is 8 of a-z, 0-9 or t-0123abcd")
-    step = int(info.checkpoint_path.stem.removeprefix("model_step_"))
-    check = read_json(info.folder / "check.json", {})
 
     # Their loader takes the entry if it has a model_config.yaml and exactly one safetensors: the weights come last.
-    folder = data_root.expanduser().absolute() / "pretrain_cache" / f"{found[1]}-{found[2]}"
+    folder = local(data_root).absolute() / "pretrain_cache" / "-".join(found[1:])
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("model_step_*.safetensors"), *folder.glob("check.json")):
         stale.unlink()
-    shape = info.model_config_dict | {"model_type": c.model_type, "rotary_dim": c.n_embd // c.n_head}
+    shape = vars(c) | {"rotary_dim": c.n_embd // c.n_head}
     write_text(folder / "model_config.yaml", yaml.safe_dump(shape, sort_keys=False))
-    # Its readers can compare, too, if it is of these weights, as load_model has done.
-    if check.get("step") == step:
+    # Its readers can compare, too: load_model has done so, if check.json is of this step.
+    check = read_json(info.folder / "check.json", {})
+    checkpoint = info.checkpoint_path.stem
+    if checkpoint == f"model_step_{check.get('step')}":
         write_text(folder / "check.json", json.dumps(check) + "\n")
-    with whole_file(folder / f"model_step_{step}.safetensors") as f:
+    with whole_file(folder / f"{checkpoint}.safetensors") as f:
         f.write(data)
-    return f"wrote {folder}\n{PARAM_DECOMP_TARGET}    run_path: {run_path}\n"
+    return f"wrote {folder}\n{PARAM_DECOMP_TARGET}    run_path: {run_path}"
 
 
 # -----------------------------------------------------------------------------
@@ -322,10 +306,8 @@ def main() -> None:
             export_hf(info, args.hf)
             print(f"wrote {args.hf}")
         else:
-            print(export_param_decomp(info, args.param_decomp, args.name), end="")
-    except ImportError as e:
-        sys.exit(f"convert: {e}: pip install {e.name}")
-    except (UserError, OSError) as e:
+            print(export_param_decomp(info, args.param_decomp, args.name))
+    except (UserError, OSError, ImportError) as e:
         sys.exit(f"convert: {e}")
 
 

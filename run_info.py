@@ -10,7 +10,6 @@ downloaded once. `python run_info.py PATH` shows a run; see --help.
 
 import argparse
 import base64
-import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +17,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
@@ -29,8 +27,11 @@ from prepare_data import (
     TextEncoder,
     TrainingStream,
     UserError,
+    blame,
+    differences,
     hold,
     load_encoder,
+    local,
     read_config,
     text_tokenizer,
     validated,
@@ -52,8 +53,8 @@ class PretrainRunInfo:
 
     folder: Path
     checkpoint_path: Path | None  # None only if from_path was called with weights=False
-    config_dict: dict[str, Any]  # final_config.yaml; empty for param-decomp's cache entries, which have none
-    model_config_dict: dict[str, Any]  # model_config.yaml
+    config_dict: dict  # final_config.yaml; empty for param-decomp's cache entries, which have none
+    model_config_dict: dict  # model_config.yaml
     tokenizer_path: Path | None  # the run's own tokenizer.json
     hf_tokenizer_path: str | None  # the tokenizer that the config names
 
@@ -65,24 +66,23 @@ class PretrainRunInfo:
         param-decomp's pretrain_cache/ is a run folder, too. With weights=False a run without checkpoints is accepted.
         Raises UserError; RunNotFound, which is also a FileNotFoundError, if there is no such run or checkpoint.
         """
-        local = Path(os.path.expanduser(path)).absolute()
+        weights = weights or step is not None
+        place = local(path).absolute()
         on_wandb = wandb_run(str(path))
         # A folder with files wins over W&B. (wandb's client creates empty ones that are named like the run.)
-        if on_wandb and not any(local.glob("*")):
-            local = fetch(*on_wandb, step, weights or step is not None)
-        if not os.path.exists(local):
-            raise RunNotFound(f"no run at {local}: name a run folder, a model_step_N.pt or a W&B run ({WANDB_FORMS})")
-
+        if on_wandb and not any(place.glob("*")):
+            place = fetch(on_wandb, step, weights)
         # A checkpoint is in its run folder's checkpoints/ folder; in W&B's copies it is in the run folder itself.
-        folders = [f for f in (local, *local.parents[:2]) if (f / "model_config.yaml").exists()]
-        if not folders:
-            raise RunNotFound(f"{local} is not in a run folder: there is no model_config.yaml")
-        folder = folders[0]
-        checkpoint = local if local.is_file() else None
-        # A step that is named must be there; without one, the last is taken, if weights are wanted or there are any.
+        around = (place, *place.parents[:2]) if os.path.exists(place) else ()
+        folder = next((folder for folder in around if (folder / "model_config.yaml").exists()), None)
+        if not folder:
+            raise RunNotFound(f"no run at {place}: name a folder with a model_config.yaml or a W&B run ({WANDB_FORMS})")
         found = checkpoints_in(folder)
-        if step is not None or (checkpoint is None and (found or weights)):
-            checkpoint = at_step(found, step, str(folder))
+        checkpoint = None
+        if place.is_file() and step is None:
+            checkpoint = place
+        elif found or weights:
+            checkpoint = at_step(found, step)
 
         # param-decomp's cache entries have no final_config.yaml, and all that is known of them is the shape.
         final = folder / "final_config.yaml"
@@ -121,10 +121,8 @@ class PretrainRunInfo:
         that cannot be loaded, or that does not reproduce the loss in the run's check.json.
         """
         cls = cls or self.model_class
-        try:
+        with blame(f"cannot load {self.checkpoint_path}"):
             return cls.from_run_info(self)
-        except Exception as e:  # torch.load and load_state_dict have no common class for files that are not right
-            raise UserError(f"cannot load {self.checkpoint_path}: {in_short(e)}") from e
 
     @property
     def encoder(self) -> TextEncoder:
@@ -163,6 +161,11 @@ def read_json(path: Path, default):
     return json.loads(path.read_text()) if path.exists() else default
 
 
+def last_start(folder: Path) -> dict:
+    """What environment.json says of a run's last start: time, command, versions, device, data; empty if unknown."""
+    return read_json(folder / "environment.json", [{}])[-1]
+
+
 def checkpoint_names(names) -> dict[int, str]:
     """Updates done -> name, for each name that is a checkpoint's, in order. A .pt wins over a .safetensors."""
     found = {}
@@ -174,19 +177,17 @@ def checkpoint_names(names) -> dict[int, str]:
 
 
 def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Updates done -> checkpoint file, in order: those in checkpoints/, else those in the folder itself."""
-    for place in (folder / "checkpoints", folder):
-        files = [path.name for path in place.glob("model_step_*")]
-        if found := checkpoint_names(files):
-            return {step: place / name for step, name in found.items()}
-    return {}
+    """Updates done -> checkpoint file, in order. W&B's copies have no checkpoints/: the files are in the folder."""
+    files = *folder.glob("model_step_*"), *folder.glob("checkpoints/model_step_*")
+    paths = {path.name: path for path in files}
+    return {step: paths[name] for step, name in checkpoint_names(paths).items()}
 
 
-def at_step(checkpoints: dict, step: int | None, run: str):
-    """The checkpoint after `step` updates, or the last one. Raises RunNotFound if the run has no such checkpoint."""
+def at_step(checkpoints: dict, step: int | None):
+    """The checkpoint after `step` updates, or the last one. Raises RunNotFound if it is not among `checkpoints`."""
     wanted = max(checkpoints, default="N") if step is None else step
     if wanted not in checkpoints:
-        raise RunNotFound(f"{run} has no model_step_{wanted}.pt: it has the steps {list(checkpoints)}")
+        raise RunNotFound(f"the run has no model_step_{wanted}.pt: it has the steps {list(checkpoints)}")
     return checkpoints[wanted]
 
 
@@ -196,33 +197,33 @@ def pretrained_model(cls, path) -> tuple:
     Hugging Face's models are folders with a config.json, and names of one or two parts (gpt2, org/name) where there is
     no such file or folder. Raises UserError.
     """
-    local = Path(path).expanduser()
-    is_name = not local.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path))
-    if is_name or (local / "config.json").exists():
+    place = local(path)
+    is_name = not place.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(path))
+    if is_name or (place / "config.json").exists():
         from convert import from_hugging_face
 
-        return from_hugging_face(cls, str(local)), path
+        return from_hugging_face(cls, str(place)), path
     info = PretrainRunInfo.from_path(path)
     return info.load_model(cls), info.checkpoint_path
 
 
-def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
+def data_of_update(info: PretrainRunInfo, update: int) -> dict:
     """What update number `update` (1, 2, ...) was trained on, read from the shards, in the order of the stream.
 
     position, window (B,): place in the training stream, and number of the window; shard (B,): the file in which the
     window begins; offset (B,): its first token there; tokens (B, n_ctx) uint16. Raises UserError without the shards.
     """
     c = info.config_dict
-    # SPD's runs have no seed.
-    if c.get("seed") is None or c.get("inference_only"):
-        raise UserError(f"{info.folder} has no seed, or says inference_only: it has no order of training data")
+    # SPD's runs have no seed, and so no order that could be computed again.
+    updates = 0 if c.get("seed") is None or c.get("inference_only") else c["num_iterations"]
+    if not 1 <= update <= updates:
+        raise UserError(
+            f"no update {update}: this run's are 1 to {updates} (none without a seed, or if inference_only)"
+        )
     section = validated(DatasetConfig, c["train_dataset_config"], "train_dataset_config.")
-    if not 1 <= update <= c["num_iterations"]:
-        raise UserError(f"update {update} is not one of this run's: they go from 1 to {c['num_iterations']}")
-
-    # The shards must be those of the last start: environment.json has one entry a start.
     data = Shards(section.folder(), "train", f"python prepare_data.py {info.folder}/final_config.yaml")
-    trained_on = read_json(info.folder / "environment.json", [{}])[-1].get("dataset_sha256")
+    # The shards must be those of the last start; a copy from W&B does not say which these were.
+    trained_on = last_start(info.folder).get("dataset_sha256")
     if trained_on and data.fingerprint()[1] not in trained_on.values():
         raise UserError(f"{data.folder} is not what this run was trained on: it was prepared again since")
 
@@ -246,14 +247,14 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict[str, Any]:
 WANDB_FORMS = (
     "entity/project/runid, entity/project/runs/runid, wandb: before either, https://wandb.ai/entity/project/runs/runid"
 )
-LISTING = "wandb.json"  # beside the files: which run it is, its state, and the size and md5 of what W&B has of it
+LISTING = "wandb.json"  # beside the files: which run it is, its state, and the sizes of what W&B has of it
 SMALL_FILES = ("final_config.yaml", "model_config.yaml", "tokenizer.json", "tokenizer_config.json", "check.json")
 
 
 def out_dir() -> Path:
     """The folder for runs and for copies of runs: SPD's environment variable, its successor's, or out/."""
     name = os.environ.get("SPD_OUT_DIR") or os.environ.get("PARAM_DECOMP_OUT_DIR") or "out"
-    return Path(name).expanduser().absolute()
+    return local(name).absolute()
 
 
 def wandb_run(path: str) -> tuple | None:
@@ -268,16 +269,22 @@ def wandb_run(path: str) -> tuple | None:
     return found.groups() if found else None
 
 
-def fetch(entity: str, project: str, run_id: str, step: int | None, weights: bool) -> Path:
+def fetch(run: tuple, step: int | None, weights: bool) -> Path:
     """The folder of a run on W&B, with the files wanted; those that are not there yet are downloaded.
 
-    No network is needed for a run that had finished when it was listed, nor for a step whose weights are here. Without
-    a network the copy is used as it is, and a line on stderr says so. Raises UserError.
+    run: (entity, project, run id). No network is needed for a run that had finished when it was listed, nor for a step
+    whose weights are here. Without a network the copy is used as it is, and a line on stderr says so. Raises UserError.
     """
-    name = f"{entity}/{project}/{run_id}"
-    folder = out_dir() / "pretrain_cache" / f"{project}-{run_id}"
-    if complete(folder, name, step, weights):
+    name = "/".join(run)
+    folder = out_dir() / "pretrain_cache" / "-".join(run[1:])
+    listing = read_json(folder / LISTING, {"run": name, "state": None, "files": {}})
+    if listing["run"] != name:
+        raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
+    # A run that is not finished may have newer checkpoints by now; one that is named does not change.
+    is_final = listing["state"] == "finished" or step in checkpoint_names(listing["files"])
+    if is_final and not missing_files(folder, listing, step, weights):
         return folder
+
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes of one job may ask at once: those that waited find all files downloaded.
     lock = hold(folder, "downloading to", wait=True)
@@ -289,53 +296,27 @@ def fetch(entity: str, project: str, run_id: str, step: int | None, weights: boo
     return folder
 
 
-def complete(folder: Path, name: str, step: int | None, weights: bool) -> bool:
-    """Whether the files wanted of a run are all here, and W&B cannot have newer ones. Raises UserError."""
-    listing = read_json(folder / LISTING, {})
-    if not listing:
-        return False
-    if listing["run"] != name:
-        raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
-    # A run that is not finished may have newer checkpoints by now; one that is named does not change.
-    if weights and listing["state"] != "finished" and step not in checkpoint_names(listing["files"]):
-        return False
-    return not missing_files(folder, listing, step, weights)
-
-
 def missing_files(folder: Path, listing: dict, step: int | None, weights: bool) -> list[str]:
     """The files of a listed run that are wanted and not here. Raises RunNotFound if it has no such checkpoint."""
-    files = listing["files"]
-    wanted = [name for name in SMALL_FILES if name in files]
+    sizes = listing["files"]
+    # Only names that are known here become paths, so that no name on W&B can point outside the folder.
+    wanted = [name for name in SMALL_FILES if name in sizes]
     if weights:
-        wanted.append(at_step(checkpoint_names(files), step, listing["run"]))
-    return [name for name in wanted if not is_whole(folder / name, *files[name])]
-
-
-def is_whole(path: Path, size: int, md5: str | None) -> bool:
-    """Whether the file is there with the size and the md5 (base64) that W&B lists; of old files it lists no md5."""
-    if not path.is_file() or path.stat().st_size != size:
-        return False
-    with open(path, "rb") as f:
-        found = hashlib.file_digest(f, "md5").digest()
-    return md5 in (None, base64.b64encode(found).decode())
+        wanted.append(at_step(checkpoint_names(sizes), step))
+    # Ours came whole. Of another size are those that SPD, which reads the same folder, did not finish.
+    here = {path.name: path.stat().st_size for path in folder.glob("*")}
+    return [name for name in wanted if here.get(name) != sizes[name]]
 
 
 def download(name: str, folder: Path, step: int | None, weights: bool) -> None:
     """Bring the files wanted of a run on W&B to `folder`, and then its listing."""
-    urls = {}
     try:
         import wandb
 
         api = wandb.Api()
+        # The state comes with the run, before the files: those of a finished run do not change any more.
         run = api.run(name)
-        # The state comes first: the files of a run that is finished do not change any more.
-        listing = {"run": name, "state": run.state, "files": {}}
-        for file in run.files():
-            known = file.name.removeprefix("checkpoints/")
-            # Only names that are known here become paths, so that no name can point outside the folder.
-            if known in SMALL_FILES or checkpoint_names([known]):
-                listing["files"][known] = (file.size, file.md5)
-                urls[known] = file.url
+        files = {file.name.removeprefix("checkpoints/"): file for file in run.files()}
     except Exception as e:  # no network, no login, no such run: the client's classes for these change with its versions
         reason = f"cannot read {name} from W&B ({in_short(e)})"
         copies = checkpoints_in(folder)
@@ -344,31 +325,34 @@ def download(name: str, folder: Path, step: int | None, weights: bool) -> None:
         print(f"{reason}: step {max(copies)} is the last in {folder}", file=sys.stderr)
         return
 
+    listing = {"run": name, "state": run.state, "files": {known: file.size for known, file in files.items()}}
     for known in missing_files(folder, listing, step, weights):
-        print(f"downloading {known} of W&B's run {name} to {folder}", file=sys.stderr)
-        # W&B's own URLs need the login. A bucket's are signed already and must not receive it.
-        is_own = urls[known].startswith(api.settings["base_url"])
-        receive(urls[known], ("api", api.api_key) if is_own else None, folder / known, *listing["files"][known])
+        print(f"downloading {known} to {folder}", file=sys.stderr)
+        receive(files[known], api, folder / known)
     # The listing is written last: it stands for files that are here.
     write_text(folder / LISTING, json.dumps(listing, indent=1) + "\n")
 
 
-def receive(url: str, login: tuple | None, path: Path, size: int, md5: str | None) -> None:
-    """Download one file, whole or not at all. Raises UserError if it is not what W&B lists.
+def receive(file, api, path: Path) -> None:
+    """Download one of W&B's files, whole or not at all. Raises UserError if it is not what W&B lists.
 
     The listed size bounds what is written. (The client's own `file.download` writes all that a server sends: 400 MB of
     a file of 3 MB, when it was tried.) An error of the network ends the program: the same command goes on.
     """
     import requests  # wandb requires it
 
-    with requests.get(url, auth=login, stream=True, timeout=30) as answer, whole_file(path) as f:
+    # W&B's own URLs need the login. A bucket's are signed already and must not receive it.
+    login = ("api", api.api_key) if file.url.startswith(api.settings["base_url"]) else None
+    md5 = hashlib.md5()
+    with requests.get(file.url, auth=login, stream=True, timeout=30) as answer, whole_file(path) as f:
         answer.raise_for_status()
         for block in answer.iter_content(2**20):
             f.write(block)
-            if f.tell() > size:
+            md5.update(block)
+            if f.tell() > file.size:
                 break
-        f.flush()
-        if not is_whole(Path(f.name), size, md5):
+        # Of old files W&B lists no md5.
+        if f.tell() != file.size or file.md5 not in (None, base64.b64encode(md5.digest()).decode()):
             raise UserError(f"{path.name} did not come with the size and md5 that W&B lists: try again")
 
 
@@ -378,23 +362,14 @@ def receive(url: str, login: tuple | None, path: Path, size: int, md5: str | Non
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a metrics.jsonl; empty if there is no such file."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else ():
-        # A line that is being written while it is read is not JSON yet, and is left out.
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
+    text = path.read_text() if path.exists() else ""
+    # A line that is being written while it is read has no end yet, and is left out.
+    return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
 def curve(metrics: list[dict], name: str) -> list[tuple]:
     """[(step, value), ...] of one metric, such as "val_loss"."""
     return [(line["step"], line[name]) for line in metrics if name in line]
-
-
-def smoothed(values, width: int):
-    """values (n,) -> the mean of each with its `width` neighbours, of which there are fewer at the ends (n,)."""
-    window = np.ones(width)
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
@@ -403,16 +378,16 @@ def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
 
     fig = Figure(figsize=(7, 4), layout="constrained")
     ax = fig.subplots()
-    for i, (label, metrics) in enumerate(runs.items()):
-        if points := curve(metrics, "train_loss"):
-            steps, losses = np.transpose(points)
-            smooth = smoothed(losses, 1 + len(losses) // 50)
-            # One update's loss is that of one batch, and noisy: it is drawn faintly behind its mean.
-            ax.plot(steps, losses, f"C{2 * i}", lw=0.6, alpha=0.3)
-            ax.plot(steps, smooth, f"C{2 * i}", label=f"{label} training, smoothed: {smooth[-1]:.3f} at the end")
-        if points := curve(metrics, "val_loss"):
-            steps, losses = np.transpose(points)
-            ax.plot(steps, losses, f"C{2 * i + 1}.-", label=f"{label} validation: {losses[-1]:.3f} at the end")
+    for label, metrics in runs.items():
+        for name, said, style in (("train_loss", "training, smoothed", "-"), ("val_loss", "validation", ".-")):
+            points = np.transpose(curve(metrics, name))  # (2, n): steps and losses
+            if not points.size:
+                continue
+            # One update's loss is that of one batch, and noisy: it is drawn in grey behind its running mean.
+            width = 1 + len(points[0]) // 50 if name == "train_loss" else 1
+            steps, losses = [np.convolve(row, np.ones(width) / width, "valid") for row in points]
+            ax.plot(*points, "silver", lw=0.6, zorder=1)
+            ax.plot(steps, losses, style, label=f"{label} {said}: {losses[-1]:.3f} at the end")
     ax.set(xlabel="update", ylabel="cross-entropy (nats per token)")
     fig.legend(loc="outside upper center", fontsize="small")  # long names would hide the curves
     ax.grid(alpha=0.3)
@@ -436,7 +411,7 @@ def summary(metrics: list[dict], name: str) -> dict | None:
     return {which: {"loss": round(loss, 4), "step": step} for which, (step, loss) in chosen.items()}
 
 
-def facts(info: PretrainRunInfo) -> dict[str, Any]:
+def facts(info: PretrainRunInfo) -> dict:
     """What the run's folder says about it, as plain values; None: unknown.
 
     With a checkpoint the model is loaded, and so compared with check.json.
@@ -448,12 +423,15 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
     else:
         with torch.device("meta"):  # a shape without memory
             model = info.model_class(validated(info.model_class.config_class, info.model_config_dict, "model."))
-    config, metrics = info.config_dict, info.metrics
-    starts = read_json(info.folder / "environment.json", [{}])
-    status, picture = info.folder / "status", info.folder / "loss.png"
+    config = info.config_dict
+    train = config.get("train_dataset_config", {})
+    val = config.get("val_dataset_config", {})
+    # param-decomp reads both sections as one, and stops where they differ in more than this.
+    unlike = differences(train, val, ignored=("split", "path", "seed", "revision", "config_name"))
+    status = info.folder / "status"
+    picture = info.folder / "loss.png"
     # W&B may have checkpoints that are not here.
     listed = read_json(info.folder / LISTING, {"files": ()})["files"]
-    steps = sorted(info.checkpoints.keys() | checkpoint_names(listed))
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -461,27 +439,26 @@ def facts(info: PretrainRunInfo) -> dict[str, Any]:
         "shape": info.model_config_dict,
         "run": str(info.folder),
         "status": status.read_text().strip() if status.exists() else None,
-        "started": starts[0].get("started"),
-        "git_commit": starts[-1].get("git_commit"),
-        "num_iterations": config.get("num_iterations"),
-        "seed": config.get("seed"),
-        "dataset": config.get("train_dataset_config", {}).get("name"),
-        "tokenizer": str(info.tokenizer_path or info.hf_tokenizer_path),
-        "checkpoints": steps,
+        "last_start": last_start(info.folder),
+        "config": {key: value for key, value in config.items() if isinstance(value, (int, float, str))},
+        "data": train,
+        "checkpoints": sorted(info.checkpoints.keys() | checkpoint_names(listed)),
         "loaded": info.checkpoint_path and str(info.checkpoint_path),
-        "train_loss": summary(metrics, "train_loss"),
-        "val_loss": summary(metrics, "val_loss"),
+        "train_loss": summary(info.metrics, "train_loss"),
+        "val_loss": summary(info.metrics, "val_loss"),
         "picture": str(picture) if picture.exists() else None,
+        "param_decomp": f"refuses it, since train and val differ: {unlike}" if unlike else "takes it",
     }
 
 
-def sample(info: PretrainRunInfo, prompt: str, n: int, temperature: float, top_k: int | None) -> list[str]:
-    """n texts that begin with `prompt`; each ends with its document, or after SAMPLE_TOKENS more tokens."""
+def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
+    """Texts that begin with the prompt; each ends with its document, or after SAMPLE_TOKENS more tokens."""
     import torch
 
     tok, eos = info.load_tokenizer(), info.eos_token_id
-    idx = torch.tensor([tok.encode(prompt).ids or [eos]] * n)  # EOS is what stands before a document
-    out = info.load_model().generate(idx, SAMPLE_TOKENS, temperature, top_k, eos)  # (n, T)
+    ids = tok.encode(args.sample).ids or [eos]  # EOS is what stands before a document
+    idx = torch.tensor([ids] * args.n)  # (n, T)
+    out = info.load_model().generate(idx, SAMPLE_TOKENS, args.temperature, args.top_k, eos)
     # Not every tokenizer leaves EOS out when it decodes. In a prompt it is text, and has other ids.
     return [tok.decode([i for i in row if i != eos]) for row in out.tolist()]
 
@@ -490,7 +467,24 @@ def sample(info: PretrainRunInfo, prompt: str, n: int, temperature: float, top_k
 # the command line
 
 
-def parse_arguments() -> argparse.Namespace:
+def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
+    """Print what was asked of one run."""
+    if args.data is not None:
+        tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
+        for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
+            print(f"--- position {position}: window {window}, {shard} from token {offset}")
+            print(tok.decode(tokens.tolist(), skip_special_tokens=False))
+    elif args.sample is not None:
+        for i, text in enumerate(sample(info, args)):
+            print(f"--- sample {i + 1}\n{text}")
+    elif args.json:
+        print(json.dumps(facts(info)))
+    else:
+        print(yaml.safe_dump(facts(info), sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
+
+
+def main() -> None:
+    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII console shows what it cannot print as escapes
     parser = argparse.ArgumentParser(description="Show trained runs.")
     parser.add_argument("run", nargs="+", help="a run folder, a checkpoint or a W&B path")
     parser.add_argument("--step", type=int, help="the checkpoint after this many updates (default: the last)")
@@ -505,47 +499,18 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.sample is None and (args.n, args.temperature, args.top_k) != (1, 0.8, None):
         parser.error("--n, --temperature and --top-k go with --sample")
-    return args
-
-
-def print_data(info: PretrainRunInfo, update: int) -> None:
-    """Print the windows of one update, each as text below its place."""
-    tok = info.load_tokenizer()
-    for position, window, shard, offset, tokens in zip(*data_of_update(info, update).values(), strict=True):
-        text = tok.decode(tokens.tolist(), skip_special_tokens=False)
-        print(f"--- position {position}: window {window}, {shard} from token {offset}\n{text}")
-
-
-def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
-    """Print what was asked of one run."""
-    if args.data is not None:
-        print_data(info, args.data)
-    elif args.sample is not None:
-        for i, text in enumerate(sample(info, args.sample, args.n, args.temperature, args.top_k)):
-            print(f"--- sample {i + 1}\n{text}")
-    elif args.json:
-        print(json.dumps(facts(info)))
-    else:
-        print(yaml.safe_dump(facts(info), sort_keys=False, default_flow_style=None, allow_unicode=True))
-
-
-def main() -> None:
-    sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII console shows what it cannot print as escapes
-    args = parse_arguments()
     try:
-        infos = {path: PretrainRunInfo.from_path(path, args.step, args.sample is not None) for path in args.run}
+        infos = [PretrainRunInfo.from_path(path, args.step, args.sample is not None) for path in args.run]
         if args.plot:
-            runs = {path: info.metrics for path, info in infos.items()}
+            runs = {str(info.folder): info.metrics for info in infos}
             if not all(runs.values()):
                 raise UserError("there is nothing to draw: a run has no metrics.jsonl")
             plot_losses(runs, args.plot)
             print(f"wrote {args.plot}")
             return
-        for info in infos.values():
+        for info in infos:
             show(info, args)
-    except ImportError as e:
-        sys.exit(f"run_info: {e}: pip install {e.name}")
-    except (UserError, OSError, ValueError) as e:  # ValueError: what generate says of its arguments
+    except (UserError, OSError, ImportError, ValueError) as e:  # ValueError: what generate says of its arguments
         sys.exit(f"run_info: {e}")
 
 

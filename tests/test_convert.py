@@ -141,7 +141,6 @@ def test_the_tokenizer_has_the_ids_of_training(tmp_path, spelled, eos, eos_id):
 
 @pytest.mark.parametrize("kind", ["GPT2Simple", "Llama adjacent", "LlamaSimpleMLP"])
 def test_a_pipeline_and_a_trainer_take_it(exported, tmp_path, kind):
-    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
     folder, model = exported(kind)
     pipe = transformers.pipeline("text-generation", model=str(folder), device="cpu")
     tok = PretrainRunInfo.from_path(folder.parent / "run").load_tokenizer()
@@ -160,9 +159,10 @@ def test_a_pipeline_and_a_trainer_take_it(exported, tmp_path, kind):
 
 @pytest.mark.parametrize("kind", ["GPT2", "Llama one key head", "LlamaSimpleMLP", "LlamaSimpleMLP adjacent"])
 def test_transformer_lens_computes_the_same_and_its_hooks_fire(exported, kind):
-    bridge = pytest.importorskip("transformer_lens.model_bridge", reason="needs transformer-lens", exc_type=ImportError)
+    from transformer_lens.model_bridge import TransformerBridge
+
     folder, model = exported(kind)
-    hooked, idx = bridge.TransformerBridge.boot_transformers(str(folder), device="cpu"), tokens()
+    hooked, idx = TransformerBridge.boot_transformers(str(folder), device="cpu"), tokens()
     assert_same(hooked(idx), model(idx)[0], 1e-4)
     zeroed = hooked.run_with_hooks(idx, fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: 0 * x)])
     assert_same(zeroed, model.lm_head(model.ln_f(torch.zeros(3, 12, 32))), 1e-4)
@@ -175,7 +175,6 @@ class Fork(models.LlamaSimpleMLP):
         super().__init__(config)
         if self.kind == "Extra":
             self.h[0].attn.q_norm = torch.nn.LayerNorm(8)
-
         if self.kind == "Scaled":
             self.ln_f.register_forward_hook(lambda module, args, out: 2 * out)
 
@@ -269,9 +268,8 @@ def test_param_decomp_gets_the_weights_and_the_shape(tmp_path):
     assert path.name == "model_step_3.safetensors" and path.stat().st_mode & 0o044 == 0o044
     expected = {key: x for key, x in model.state_dict().items() if key != "lm_head.weight"}
     torch.testing.assert_close(load_file(path), expected, rtol=0, atol=0)
-    assert yaml.safe_load((entry / "model_config.yaml").read_text()) == dataclasses.asdict(model.config) | {
-        "rotary_dim": 8
-    }
+    shape = yaml.safe_load((entry / "model_config.yaml").read_text())
+    assert shape == dataclasses.asdict(model.config) | {"rotary_dim": 8}
     assert_same(logits(PretrainRunInfo.from_path(entry).load_model(), tokens()), logits(model, tokens()))
     assert json.loads((entry / "check.json").read_text()) == json.loads((folder / "check.json").read_text())
     # the default name: one made from the weights, or else the W&B run's

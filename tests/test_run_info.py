@@ -44,7 +44,7 @@ def make_run(tmp_path):
         section = {"name": "tales", "n_ctx": N_CTX, "path": str(tmp_path / "data"), "seed": 2}
         section["hf_tokenizer_path"] = str(tmp_path / "elsewhere.json")
         config = {"seed": 5, "init_seed": 42, "num_iterations": UPDATES, "batch_size": BATCH, "model": shape}
-        config |= {"train_dataset_config": section, "val_dataset_config": section}
+        config |= {"train_dataset_config": section, "val_dataset_config": section | {"split": "test", "seed": 3}}
         lines = [{"step": s, "train_loss": 5 - s / 10, "lr": 1e-3, "tokens": 48 * s} for s in range(1, 31)]
         lines += [{"step": s, "val_loss": v} for s, v in ((0, 5.5), (10, 4.25), (20, 3.5), (30, 3.75))]
         files = {"model_config.yaml": {k: v for k, v in shape.items() if k not in drop}, "final_config.yaml": config}
@@ -212,6 +212,8 @@ def test_a_run_on_one_screen_and_for_programs(make_run, cli):
     found = json.loads(cli(folder, "--json")[0])
     assert found["parameters"] == total > found["in_blocks"] > 0 and found["val_loss"] == losses
     assert (found["checkpoints"], Path(found["loaded"]).name) == ([0, 2, 10], "model_step_10.pt")
+    respell(folder / "final_config.yaml", val_dataset_config={"split": "test"})  # param-decomp wants more keys equal
+    assert found["param_decomp"] == "takes it" != json.loads(cli(folder, "--json")[0])["param_decomp"]
     # a run without all that may be missing
     for name in ("environment.json", "status", "tokenizer.json", "final_config.yaml", "loss.png", "metrics.jsonl"):
         (folder / name).unlink()

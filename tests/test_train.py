@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from helpers import ROOT, run, tree
@@ -371,10 +372,6 @@ def test_validation_is_of_the_weights_saved_at_its_step(lab, base):
     assert list(losses) == [0, 7, 14, 21, N]  # at the start, every val_loss_every, at the end
     for step in (0, N):
         assert losses[step] == pytest.approx(validation_loss(lab, weights(base, step)), abs=1e-5)
-    n_bytes = sum(len(d.encode()) for d in lab.documents[108:])  # train[90%:] of 120
-    nats = {s: v * len(shard_tokens(lab, "val")) for s, v in losses.items()}
-    expected = {s: v / math.log(2) / n_bytes for s, v in nats.items()}
-    assert series(base, "bits_per_byte") == pytest.approx(expected, rel=1e-9)
     whole = lab.train("whole", "val_max_steps=1000", "num_iterations=1", "micro_batch_size=2", ranks=2)
     assert series(whole, "val_loss")[0] == pytest.approx(validation_loss(lab, weights(base, 0), 10**6), abs=1e-5)
     # the weights of another run, neither trained nor saved again
@@ -397,7 +394,7 @@ def test_learning_rate(lab, warmup, updates):
 
 KILL, TERM, INT, USR1 = signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 UPDATE, SAVE, FSYNC, RENAME = "torch.nn.utils.clip_grad_norm_", "torch.save", "os.fsync", "os.replace"
-VALIDATE, SAMPLE = "numpy.resize", "torch.multinomial"  # which only these call
+VALIDATE, SAMPLE = "prepare_data:Shards.windows", "torch.multinomial"  # which only these call, and check.json
 KEEP = "keep_optimizer=true"
 MUON = "optimizer=muon"
 GPT2 = {"model_type": "GPT2", "block_size": T, "vocab_size": 300, "n_embd": 16, "n_head": 2, "n_layer": 1}
@@ -411,8 +408,9 @@ SCENARIOS = [
     (KEEP, 1, 0, [(SAVE, 5, KILL), (RENAME, 12, KILL), (FSYNC, 33, KILL), (SAVE, 2, KILL), (UPDATE, 5, TERM)]),
     (f"{MUON} {KEEP}", 1, 0, [(UPDATE, 8, TERM), (SAVE, 6, KILL)]),
     (f"dtype=bfloat16 {GPT2}", 1, 0, [(UPDATE, 8, TERM), (UPDATE, 9, KILL)]),
+    ("dtype=float16", 1, 0, [(UPDATE, 8, TERM)]),
     ("", 2, 1, [(UPDATE, 8, USR1), (UPDATE, 5, KILL)]),
-    (f"micro_batch_size=1 {MUON}", 2, 0, [(VALIDATE, 3, TERM), (SAVE, 3, KILL)]),
+    (f"micro_batch_size=1 zero_stage=1 {MUON}", 2, 0, [(VALIDATE, 3, TERM), (SAVE, 3, KILL)]),
     (f"micro_batch_size=1 zero_stage=1 {KEEP}", 2, 1, [(UPDATE, 8, TERM), (UPDATE, 9, KILL)]),
 ]
 
@@ -421,7 +419,7 @@ SCENARIOS = [
 def test_interruptions_leave_no_trace(lab, overrides, ranks, rank, interruptions):
     """The same command, again and again, ends as if nothing had happened."""
     expected, name = lab.undisturbed(*overrides.split(), ranks=ranks), f"interrupted{next(lab.count)}"
-    if MUON not in overrides and "bfloat16" not in overrides:
+    if MUON not in overrides and "float16" not in overrides:
         assert_close_run(expected, lab.undisturbed())
     for trap in interruptions:
         started = lab.start(*overrides.split(), f"run_dir={lab.root / name}", ranks=ranks, traps={rank: trap})
@@ -448,7 +446,6 @@ def test_killed_at_random_moments(lab):
         process.kill()
         lab.finish(started)
     assert_same_run(lab.train("killed", *overrides), expected)
-    assert [m["step"] for m in metrics(folder) if "train_loss" in m] == list(range(1, 201))
 
 
 def test_compiled_run_resumes_to_the_bit(lab):
@@ -530,7 +527,6 @@ def test_branch(lab):
     assert_same_run(lab.train("branch", *change), branch)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root")
 def test_full_disk_ends_the_run_and_the_same_command_resumes_it(lab, base):
     """A small tmpfs that a file fills, at many sizes; then the file goes."""
     disk = lab.root / "disk"
@@ -574,17 +570,26 @@ def test_wandb_has_what_the_folder_has(lab, base, tmp_path):
     remote = server.runs[path]
     assert (remote.state, list(server.runs)) == ("finished", [path])
     rows = [{k: v for k, v in row.items() if not k.startswith("_")} for row in remote.history]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
-    assert [row for row in rows if "generation_tables" not in row] == lines
-    names = "final_config.yaml", "model_config.yaml", "tokenizer.json", "tokenizer_config.json"
+    for name, key in ("metrics.jsonl", "lr"), ("metrics.jsonl", "val_loss"), ("samples.jsonl", "text"):
+        lines = map(json.loads, (folder / name).open())
+        assert [row for row in rows if key in row] == [line for line in lines if key in line]
+    names = "final_config.yaml", "model_config.yaml", "tokenizer.json", "tokenizer_config.json", "check.json"
     for file in [folder / n for n in names] + [folder / "checkpoints" / f"model_step_{s}.pt" for s in KEPT]:
         assert remote.files[file.name] == file.read_bytes()
     tuned = lab.train("tuned", f"from_pretrained={path}", "num_iterations=1", env=env | {"SPD_OUT_DIR": home})
     assert equal(weights(tuned, 0), weights(folder))
+    # what param-decomp takes: one safetensors, the tied weight once; others take the .pt
+    last = {name: w for name, w in weights(folder).items() if name != "lm_head.weight"}
+    assert [name for name in remote.files if "safetensors" in name] == [f"model_step_{N}.safetensors"]
+    assert equal(safetensors.torch.load(remote.files[f"model_step_{N}.safetensors"]), last)
+    copies = {file.name for file in next((tmp_path / "pretrain_cache").iterdir()).iterdir()}
+    assert copies == {*names, f"model_step_{N}.pt", "wandb.json", ".lock"}
     server.stop()
-    offline = lab.train("no server", project, env=env | {"WANDB_INIT_TIMEOUT": "2"})
+    scripts = fork(tmp_path, ("train.py", "from safetensors.torch import", "from no_such_module import"))
+    offline = lab.train("no server", project, env=env | {"WANDB_INIT_TIMEOUT": "2"}, scripts=scripts)
     assert list((offline / "wandb").glob("offline-run-*/*.wandb"))
     assert (offline / "main.log").read_text().count("offline") == 1
+    assert "no_such_module" in (offline / "main.log").read_text()  # and the run has not failed
     assert metrics(folder) == metrics(offline) == metrics(base)
 
 
@@ -614,15 +619,19 @@ def test_fork_with_dropout_and_a_metric_of_its_own(lab, tmp_path):
     folder = lab.train("dropout interrupted", scripts=scripts)
     assert_same_run(folder, expected)
     assert series(folder, "mine") == {s: s * 1.5 for s in range(2, N, 5)}
-    for name, steps in ("mine", range(2, N, 5)), ("train_loss", range(1, N + 1)):
-        assert [m["step"] for m in metrics(folder) if name in m] == list(steps)
 
 
-def test_fork_that_raises(lab, tmp_path):
-    scripts = fork(tmp_path, ("train.py", NEXT_UPDATE, "            if s == 9: {}['mine']\n" + NEXT_UPDATE))
-    folder = lab.train("raises", scripts=scripts, code=1)
-    assert (folder / "status").read_text() == "failed\n"
-    assert "KeyError: 'mine'" in (folder / "main.log").read_text()
+def test_fork_that_counts_objects_and_raises(lab, tmp_path):
+    """An update leaves nothing in memory. An error in a fork's own code is in main.log, too."""
+    own = "            if s in (500, 1500): import gc; gc.collect(); log.say(f'{sys.getallocatedblocks()} objects')\n"
+    own += "            if s == 1500: {}['mine']\n"
+    scripts = fork(tmp_path, ("train.py", NEXT_UPDATE, own + NEXT_UPDATE))
+    options = "intermediate_checkpoints=false", "sample_every=0", "val_loss_every=0", "resume_every=0", "batch_size=1"
+    folder = lab.train("objects", *options, "num_iterations=2000", scripts=scripts, code=1)
+    log = (folder / "main.log").read_text()
+    before, after = map(int, re.findall(r"(\d+) objects", log))
+    assert after < before + 1000  # less than one object an update
+    assert "KeyError: 'mine'" in log and (folder / "status").read_text() == "failed\n"
 
 
 # -----------------------------------------------------------------------------
@@ -635,15 +644,11 @@ MISTAKES = {
     "learning_rate=.nan": "learning_rate",
     "optimizer=muon muon_learning_rate=1e300": "muon_learning_rate",
     "muon_learning_rate=0.01": "muon_learning_rate",
-    "optimizer=muon zero_stage=1": "zero_stage",
     f"num_iterations={'9' * 5000}": "num_iterations",
     f"warmup_iters={'4' * 400}": "warmup_iters",
     f"seed=0x{'f' * 5000}": "seed",
-    "dtype=float16": "float16",
-    "zero_stage=2": "zero_stage",
     "betas=[0.9,1]": "betas",
-    "device=tpu": "device",
-    "device=cuda:77": "cuda:77",
+    "device=cuda": "device=cpu",  # there is none here
     "micro_batch_size=3": "micro_batch_size",
     "checkpoint_steps=[25]": "checkpoint_steps",
     "model.n_head=3": "n_head",
@@ -656,8 +661,7 @@ MISTAKES = {
     "branch_step=3": "branch_from",
     "branch_from=nowhere branch_step=3": "nowhere",
     "run_dir=a\0b": "run_dir",
-    "--compile": "--compile",
-    "compile": "key=value",
+    "--compile": "key=value",
     "WORLD_SIZE=abc": "WORLD_SIZE",
     "WORLD_SIZE=0": "WORLD_SIZE",
     "RANK=3": "RANK",
@@ -701,9 +705,9 @@ def test_data_prepared_again_and_foreign_ids(lab, tmp_path):
     folder = lab.interrupted("old data", *paths)
     with open(data / "dataset.json", "a") as f:
         f.write("\n")
-    refused(lab.run(f"run_dir={folder}", *paths), "prepared again")
-    note = lab.train("note", *paths, "train_dataset_config.split=train[:50%]", "num_iterations=1")
-    assert "another config" in (note / "main.log").read_text()
+    refused(lab.run(f"run_dir={folder}", *paths), "data_sha256")
+    note = lab.run(*paths, "train_dataset_config.split=train[:50%]", "num_iterations=1", f"output_dir={tmp_path}")
+    assert (note.code, "another config" in note.err) == (0, True), note
     # shards of other projects say nothing of their tokenizer
     (data / "dataset.json").unlink()
     shard = next(data.glob("train_*.bin"))

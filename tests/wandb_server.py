@@ -136,10 +136,6 @@ class Server:
         elif "createRunFiles" in query:
             urls = [{"name": n, "uploadUrl": f"http://127.0.0.1:{self.port}/up//{path}//{n}"} for n in given["files"]]
             data = {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": urls}}
-        elif "createArtifact" in query:  # a table is an artifact, too; its file comes among the run's as well
-            return handler.answer(400, b'{"errors": [{"message": "no artifacts here"}]}')
-        elif "artifact" in query:
-            data = {"project": None}
         elif "project(" in query:
             data = {"project": {"internalId": "1", "run": run and self.run(run, path, given)}}
         handler.answer(200, json.dumps({"data": data}).encode())

@@ -11,11 +11,10 @@ on the source and the config alone. An interrupted preparation is resumed by the
 import argparse
 import bisect
 import bz2
-import codecs
 import contextlib
 import dataclasses
 import difflib
-import errno
+import functools
 import glob
 import gzip
 import hashlib
@@ -29,9 +28,10 @@ import re
 import signal
 import sys
 import sysconfig
+import textwrap
 import threading
 import typing
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -123,18 +123,18 @@ def blame(what: str):
     except (UserError, ImportError):
         raise
     except Exception as e:
-        raise UserError(f"{what} ({type(e).__name__}: {' '.join(str(e).split())[:400]})") from e
+        raise UserError(f"{what} ({type(e).__name__}: {textwrap.shorten(str(e), 400)})") from e
 
 
-def flat(value, key: str = "") -> dict:
-    """{"a": {"b": [1, 2]}} -> {"a.b.0": 1, "a.b.1": 2}, and "key." before each of them."""
+def flat(value, prefix: str = "") -> dict:
+    """{"a": {"b": [1, 2]}} -> {"a.b.0": 1, "a.b.1": 2}; `prefix` is put before each key."""
     if isinstance(value, (list, tuple)):
         value = dict(enumerate(value))
     if not isinstance(value, dict):
-        return {key: value}
+        return {prefix.removesuffix("."): value}
     out = {}
     for name, inner in value.items():
-        out |= flat(inner, f"{key}.{name}" if key else f"{name}")
+        out |= flat(inner, f"{prefix}{name}.")
     return out
 
 
@@ -205,11 +205,8 @@ def validated(cls, values, where: str = ""):
     Raises UserError, one sentence, if a key is unknown, missing, of another type or out of bounds. `where` is put
     before the key in the message, such as "model.".
     """
-    if not isinstance(values, dict):
-        raise UserError(f"{where.rstrip('.') or 'the config'} must be a section of keys, not {shown(values)}")
-    # The dataclasses of models.py, which do not import pydantic, get the rules of a Section here.
-    if not issubclass(cls, Section):
-        cls.__pydantic_config__ = Section.model_config
+    # The dataclasses of models.py, which do not import pydantic, get the rules of a Section here. A Section has them.
+    cls.__pydantic_config__ = Section.model_config
     adapter = pydantic.TypeAdapter(cls)
     try:
         result = adapter.validate_python(values)
@@ -225,7 +222,7 @@ def validated(cls, values, where: str = ""):
         is_huge = isinstance(value, int) and abs(value) >= 2**63
         is_odd = isinstance(value, str) and re.search("[\0\ud800-\udfff]", value)
         if is_huge or is_odd or isinstance(typed, bool) != isinstance(value, bool):
-            raise UserError(f"{where}{key} cannot take {shown(typed)} as {type(value).__name__}")
+            raise UserError(f"{where}{key} cannot be {shown(typed)}")
     return result
 
 
@@ -254,26 +251,25 @@ def sentence(cls, error: dict) -> str:
     return f"{name}: {error['msg']}, not {shown(error['input'])}"
 
 
-SECTIONS = {"train": "train_dataset_config", "val": "val_dataset_config"}
+SECTIONS = "train_dataset_config", "val_dataset_config"
 
 
-def dataset_configs(raw: dict) -> dict[str, DatasetConfig]:
+def dataset_configs(raw: dict) -> dict:
     """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and its path if the names agree."""
     # train.py refuses every unknown key; here the other keys of a run's config are not known.
-    names = SECTIONS.values()
-    for key in raw.keys() - names:
-        if difflib.get_close_matches(shown(key), names, cutoff=0.8):
-            raise UserError(f"unknown key {shown(key)}: the sections are {' and '.join(names)}")
-    train, val = (validated(DatasetConfig, raw.get(name), f"{name}.") for name in names)
+    for key in raw.keys() - SECTIONS:
+        near = difflib.get_close_matches(f"{key}", SECTIONS, cutoff=0.8)
+        if near:
+            raise UserError(f"{key} is an unknown key; the nearest valid key is {near[0]}")
+    train, val = (validated(DatasetConfig, raw.get(name), f"{name}.") for name in SECTIONS)
     taken = {}
     if not val.hf_tokenizer_path and not val.train_tokenizer_vocab_size:
         taken = train.model_dump(include={"hf_tokenizer_path", "train_tokenizer_vocab_size"})
     if val.path is None and val.name == train.name:
         taken["path"] = train.path
     val = val.model_copy(update=taken)
-    given = train.hf_tokenizer_path
     trained = train.train_tokenizer_vocab_size
-    if bool(given) == bool(trained):
+    if bool(train.hf_tokenizer_path) == bool(trained):
         raise UserError("train_dataset_config must set one of hf_tokenizer_path and train_tokenizer_vocab_size")
     if asked(val)["tokenizer"] != asked(train)["tokenizer"]:
         raise UserError("val_dataset_config must leave out the tokenizer, or have train's")
@@ -283,25 +279,32 @@ def dataset_configs(raw: dict) -> dict[str, DatasetConfig]:
     return {"train": train, "val": val}
 
 
-# param-decomp has one section `data` in place of our two, with these names for the keys that it shares with them.
-PARAM_DECOMP_KEYS = {"dataset_name": "name", "tokenizer_name": "hf_tokenizer_path", "max_seq_len": "n_ctx"}
+# param-decomp has one section `data` in place of our two, with these names for keys that it shares with them. Where
+# there are data_files, dataset_name is only their format.
+PARAM_DECOMP_KEYS = {
+    "dataset_name": "name",
+    "data_files": "name",
+    "tokenizer_name": "hf_tokenizer_path",
+    "max_seq_len": "n_ctx",
+}
 
 
 def two_sections(config: dict) -> dict:
     """A config with param-decomp's section `data` as one with the two sections that it means."""
     data = config.pop("data")
-    if not isinstance(data, dict) or not config.keys().isdisjoint(SECTIONS.values()):
-        raise UserError(f"data must be param-decomp's section, and stand without {' and '.join(SECTIONS.values())}")
+    if not isinstance(data, dict) or not config.keys().isdisjoint(SECTIONS):
+        raise UserError(
+            "data must be param-decomp's section, and stand without train_dataset_config, val_dataset_config"
+        )
+    data.pop("buffer_size", None)  # it shuffles within a buffer, where every order here is a permutation
     # Keys without a name of ours stay, and are refused with the section that they end up in.
-    common = {PARAM_DECOMP_KEYS.get(key, key): value for key, value in data.items()}
-    common.pop("buffer_size", None)  # it shuffles within a buffer, where every order here is a permutation
-    # There a format is the name of the dataset, and data_files says which files.
-    files = common.pop("data_files", None)
-    if files is not None:
-        common["name"] = files
-    splits = common.pop("train_split", "train"), common.pop("eval_split", "val")
-    for section, split in zip(SECTIONS.values(), splits, strict=True):
-        config[section] = common | {"split": split}
+    for theirs, ours in PARAM_DECOMP_KEYS.items():
+        value = data.pop(theirs, None)
+        if value is not None:
+            data[ours] = value
+    splits = data.pop("train_split", "train"), data.pop("eval_split", "val")
+    for section, split in zip(SECTIONS, splits, strict=True):
+        config[section] = data | {"split": split}
     return config
 
 
@@ -318,28 +321,12 @@ def whole_file(path: Path):
         with open(part, "wb") as f:
             yield f
             f.flush()
+            # Else a power failure could leave the name with half of the content. One that loses the rename itself
+            # leaves an older state, which is whole, too.
             os.fsync(f.fileno())
-        # Synced before it is renamed: else a power failure could leave the name with half of the content.
         os.replace(part, path)
-        sync_folder(path.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames within the folder `path` survive a power failure, where the file system can."""
-    if os.name == "nt":
-        return  # Windows does not open folders
-    # The name itself is content of the folder.
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
     finally:
-        os.close(fd)
+        part.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -354,14 +341,11 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-NO_LOCKS = errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS, None  # None: NotImplementedError
-
-
 def hold(folder: Path, doing: str, wait: bool = False):
     """Hold `folder` for this process until the returned lock is released or the process ends.
 
-    Returns None where the file system has no locks: nothing but a lock that another process holds is one. Then it
-    raises UserError, or waits if `wait`. The lock file stays: two processes could hold it if it were deleted.
+    If another process holds it, raises UserError, or waits if `wait`. Returns None where the file system has no locks.
+    The lock file stays: two processes could hold it if it were deleted.
     """
     import filelock
 
@@ -376,25 +360,10 @@ def hold(folder: Path, doing: str, wait: bool = False):
         # Whoever waits should know for what.
         print(f"{busy}: waiting for it", file=sys.stderr)
         lock.acquire()
-    except (OSError, NotImplementedError) as e:
-        # Lustre without its flock option, FUSE and NFS without a lock service say one of these.
-        if getattr(e, "errno", None) not in NO_LOCKS:
-            raise
+    except (OSError, NotImplementedError):
+        # Lustre without its flock option, FUSE and NFS without a lock service: nothing can be held there.
         return None
     return lock
-
-
-def allow_open_files(wanted: int) -> None:
-    """Raise this process's limit of open files: a memory map keeps its file open. UserError if it may not."""
-    try:
-        import resource
-    except ImportError:
-        return  # Windows has no such limit
-    # Any process may raise its own soft limit up to the hard one. -1 is no limit.
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < wanted:
-        with blame(f"raise the limit of open files (ulimit -Hn {wanted}), or prepare with larger --shard-tokens"):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 # -----------------------------------------------------------------------------
@@ -432,7 +401,10 @@ def load_encoder(name: str) -> TextEncoder:
             path = tokenizer_file(snapshot_download(name, allow_patterns=["tokenizer.json", "tokenizer_config.json"]))
     # transformers saves this file beside tokenizer.json; it names the EOS where there are several candidates.
     beside = path.with_name("tokenizer_config.json")
-    return json_encoder(name, path.read_bytes(), beside.read_bytes() if beside.exists() else b"{}")
+    with blame(f"cannot read {beside}"):
+        eos = json.loads(beside.read_bytes()).get("eos_token") if beside.exists() else None
+        eos = eos["content"] if isinstance(eos, dict) else eos
+    return json_encoder(name, path.read_bytes(), [eos] if eos else EOS_NAMES)
 
 
 def tokenizer_file(name: str) -> Path:
@@ -441,33 +413,24 @@ def tokenizer_file(name: str) -> Path:
     return path / "tokenizer.json" if path.is_dir() else path
 
 
-def json_encoder(name: str, data: bytes, settings: bytes = b"{}") -> TextEncoder:
-    """A tokenizer from the bytes of its tokenizer.json and of its tokenizer_config.json, which may name the EOS."""
+def json_encoder(name: str, data: bytes, eos_names=EOS_NAMES) -> TextEncoder:
+    """A tokenizer from the bytes of its tokenizer.json; the first of `eos_names` that it knows ends a document."""
     with blame(f"{name} is not a tokenizer.json that the tokenizers library can read"):
         tok = text_tokenizer(data)
-        eos = eos_of(tok, json.loads(settings), name)
-        vocab_size = max(tok.get_vocab().values()) + 1
+        vocab = tok.get_vocab()
+    # text_tokenizer may have renamed it.
+    known = [token for eos in eos_names for token in (eos, HIDDEN + eos) if token in vocab]
+    if not known:
+        raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(eos_names)}")
+    vocab_size = max(vocab.values()) + 1
     if vocab_size > 65536:
         raise UserError(f"the tokenizer {name} has {vocab_size} ids, but a shard's uint16 holds 65536")
 
     def encode_batch(texts):
         return [e.ids for e in tok.encode_batch_fast(texts, add_special_tokens=False)]
 
-    eos_token = tok.id_to_token(eos).removeprefix(HIDDEN)
-    return TextEncoder(name, data, vocab_size, eos, eos_token, encode_batch, tok.decode_batch)
-
-
-def eos_of(tokenizer, settings: dict | None, name: str) -> int:
-    """The id that ends a document: the eos_token of `settings` (a tokenizer_config.json), or the first of EOS_NAMES."""
-    given = settings.get("eos_token") if isinstance(settings, dict) else None
-    given = given.get("content") if isinstance(given, dict) else given
-    names = [given] if isinstance(given, str) else EOS_NAMES
-    for known in names:
-        for spelled in (known, HIDDEN + known):  # text_tokenizer may have renamed it
-            i = tokenizer.token_to_id(spelled)
-            if i is not None:
-                return i
-    raise UserError(f"the tokenizer {name} has no end-of-sequence token: looked for {', '.join(names)}")
+    eos = known[0]
+    return TextEncoder(name, data, vocab_size, vocab[eos], eos.removeprefix(HIDDEN), encode_batch, tok.decode_batch)
 
 
 def text_tokenizer(data: bytes):
@@ -481,35 +444,31 @@ def text_tokenizer(data: bytes):
 
     # Documents are encoded whole, and EOS is added here and not by the tokenizer.
     spec = json.loads(data) | {"truncation": None, "padding": None, "post_processor": None}
-    if "dropout" in spec["model"]:
-        spec["model"]["dropout"] = None  # it would leave out merges at random
-    if "merges" not in spec["model"] or spec["model"].get("ignore_merges"):
-        hide_special_words(spec)
+    model = spec["model"]
+    model.pop("dropout", None)  # it would leave out merges at random
+    if "merges" not in model or model.get("ignore_merges"):
+        spec = hide_special_words(spec)
     tok = Tokenizer.from_str(json.dumps(spec))
     # Added tokens that are special are matched before the model sees the text, unless this is set.
     tok.encode_special_tokens = True
     return tok
 
 
-def hide_special_words(spec: dict) -> None:
-    """Rename special tokens in the vocabulary of a model that looks words up: '</s>' would be one of its words.
+def hide_special_words(spec: dict) -> dict:
+    """Rename special tokens for a model that looks words up: '</s>' would be one of its words.
 
     (A BPE that merges cannot reach them.) The decoder takes the new part of the name off again.
     """
-    model = json.dumps(spec["model"])
-    added = []
+    text = json.dumps(spec)
     for token in spec["added_tokens"]:
-        name = json.dumps(token["content"])
-        if token["special"] and name in model:
-            # In the vocabulary, and as unk_token. Its id is that of the vocabulary now.
-            model = model.replace(name, json.dumps(HIDDEN + token["content"]))
-        else:
-            added.append(token)
-    spec["model"] = json.loads(model)
-    spec["added_tokens"] = added
+        if token["special"]:
+            # Also in the model's vocabulary, and as its unk_token.
+            text = text.replace(json.dumps(token["content"]), json.dumps(HIDDEN + token["content"]))
+    spec = json.loads(text)
     spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # what no decoder at all would do
     replace = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
-    spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec.get("decoder") or spaces]}
+    spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec["decoder"] or spaces]}
+    return spec
 
 
 def gpt2_encoder(data: bytes = b"") -> TextEncoder:
@@ -527,8 +486,8 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
             # The hub's tokenizer.json of gpt2 is made of these same two files.
             vocab = json.loads(read_file_cached(f"{files}encoder.json"))
             merges = read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]
-            pairs = [tuple(line.split()) for line in merges]
-            data = byte_level_bpe(models.BPE(vocab, pairs)).to_str().encode()
+            bpe = models.BPE(vocab, [tuple(line.split()) for line in merges])
+            data = byte_level_bpe(bpe).to_str().encode()
 
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
@@ -547,17 +506,21 @@ def byte_level_bpe(model):
     return tok
 
 
-def train_bpe(texts, vocab_size: int) -> bytes:
-    """The tokenizer.json of a byte-level BPE trained on an iterator of texts."""
+def train_bpe(source) -> bytes:
+    """The tokenizer.json of a byte-level BPE trained on the rows of a split."""
     from tokenizers import models, pre_tokenizers, trainers
 
+    c = source.section
+    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
     tok = byte_level_bpe(models.BPE())
     # All 256 bytes are in the vocabulary, so that it can spell any text; sorted, so that ids do not vary.
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+        vocab_size=c.train_tokenizer_vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
-    tok.train_from_iterator(texts, trainer)
+    tok.train_from_iterator((parse_rows(c, source.kind, 0, rows) for rows, _ in batches(source)), trainer)
     return tok.to_str().encode()
 
 
@@ -586,20 +549,19 @@ def read_record(folder: Path) -> dict:
         return {}
     with blame(f"{path} is damaged: delete {folder} and prepare it again"):
         record = json.loads(path.read_text())
-        return {key: record[key] for key in (*record, "source", "tokenizer", "splits", "finished")}
+        return record | {"finished": record["finished"]}
 
 
-def map_shard(path: Path) -> np.ndarray:
-    """The tokens of a shard, (n,) uint16, memory-mapped. UserError if it is not a whole shard."""
-    n_tokens = (path.stat().st_size - HEADER_BYTES) / 2
+def shard_length(path: Path) -> int:
+    """The number of tokens in a shard. UserError if it is not a whole one."""
+    wanted = [MAGIC, VERSION, (path.stat().st_size - HEADER_BYTES) / 2]
     header = np.fromfile(path, "<i4", 3).tolist()
-    if header != [MAGIC, VERSION, n_tokens]:
+    if header != wanted:
         raise UserError(
-            f"{path} is not a whole shard: its first int32 are {header}, and should be {[MAGIC, VERSION, n_tokens]}. "
-            "Prepare it again; before nanoGPT's bare uint16, put these three and 253 zeros"
+            f"{path} is not a whole shard: its first int32 are {header} and not {wanted}. Prepare it again; before "
+            "nanoGPT's bare uint16, put these three and 253 zeros"
         )
-    # The header is mapped, too: a shard without tokens could not be mapped without it.
-    return np.memmap(path, "<u2", "r").view(np.ndarray)[HEADER_BYTES // 2 :]
+    return header[2]
 
 
 class Shards:
@@ -621,48 +583,57 @@ class Shards:
         # An unfinished preparation has no shards to train on yet.
         if not self.files or not self.info.get("finished", True):
             raise UserError(f"no finished {split} shards in {folder}: run {prepare}")
-        allow_open_files(2 * len(self.files) + 256)  # 2: the validation shards may be as many
-        # Opening checks each file's header and size, so that no read is beyond its end.
-        self.maps = [map_shard(path) for path in self.files]
-        self.starts = [0, *itertools.accumulate(map(len, self.maps))]  # the stream's token at which each shard starts
+        # The token of the stream at which each shard starts.
+        self.starts = [0, *itertools.accumulate(map(shard_length, self.files))]
         self.n_tokens = self.starts[-1]
+        # A map keeps its file open, and a process may open some hundreds.
+        self.shard = functools.lru_cache(maxsize=128)(self.map_shard)
+
+    def map_shard(self, i: int) -> np.ndarray:
+        """The tokens of shard i, (n,) uint16, memory-mapped."""
+        return np.memmap(self.files[i], "<u2", "r", offset=HEADER_BYTES).view(np.ndarray)
 
     def fingerprint(self) -> tuple[str, str]:
         """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
+        path = self.folder / "dataset.json"
         if self.info:
-            return str(self.folder / "dataset.json"), sha256_file(self.folder / "dataset.json")
-        names = [path.name for path in self.files]
-        return f"{self.folder}/*{self.split}*.bin", digest([names, self.starts])
+            return str(path), sha256_file(path)
+        return f"{self.folder}/*{self.split}*.bin", digest([[p.name for p in self.files], self.starts])
 
     def locate(self, tokens):
         """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""
         shards = np.searchsorted(self.starts, tokens, side="right") - 1
         return shards, tokens - np.array(self.starts)[shards]
 
-    def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of the stream, uint16; they may lie in several shards."""
-        parts = []
-        while start < stop:
-            shard = bisect.bisect(self.starts, start) - 1
-            at = start - self.starts[shard]
-            parts.append(self.maps[shard][at : at + stop - start])
-            start += len(parts[-1])
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
     def windows(self, ids, length: int) -> np.ndarray:
-        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16."""
+        """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. One may lie in several shards."""
         starts = np.asarray(ids, np.int64) * length
         out = np.empty((len(starts), length), np.uint16)
-        for row, start in enumerate(starts.tolist()):
-            out[row] = self.tokens(start, start + length)
+        for rest, at in zip(out, starts.tolist(), strict=True):
+            while len(rest):
+                shard = bisect.bisect(self.starts, at) - 1
+                offset = at - self.starts[shard]
+                part = self.shard(shard)[offset : offset + len(rest)]
+                # A copy: as a part of the map it would keep the file open.
+                rest[: len(part)] = part
+                rest = rest[len(part) :]
+                at += len(part)
         return out
 
 
 def check_tokenizer(folder: Path, record: dict) -> None:
     """UserError if the tokenizer.json in a prepared folder is not the one that encoded its shards."""
     path = folder / "tokenizer.json"
-    if sha256_file(path) != record["tokenizer"]["sha256"]:
+    if not path.exists() or sha256_file(path) != record["tokenizer"]["sha256"]:
         raise UserError(f"{path} is not what encoded the shards: restore it, or delete {folder} and prepare it again")
+
+
+def check_shards(folder: Path, shards: list[dict]) -> None:
+    """UserError if a shard in a prepared folder is not what its entry in dataset.json says."""
+    for entry in shards:
+        path = folder / entry["file"]
+        if sha256_file(path) != entry["sha256"]:
+            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and prepare it again")
 
 
 # -----------------------------------------------------------------------------
@@ -724,8 +695,8 @@ class TrainingStream:
         self.n_windows = data.n_tokens // self.n_ctx
         if self.n_windows == 0:
             raise UserError(
-                f"the {data.split} data in {data.folder} have {data.n_tokens} tokens, fewer than one window of n_ctx "
-                f"{self.n_ctx}: prepare more text, or set a smaller n_ctx"
+                f"the {data.split} data in {data.folder} hold fewer tokens than a window of n_ctx {self.n_ctx}: "
+                "prepare more text, or set a smaller n_ctx"
             )
 
     def window(self, positions) -> np.ndarray:
@@ -748,36 +719,42 @@ SEPARATORS = "in a .txt, only lines that hold <|endoftext|> alone stand between 
 class Source:
     """The rows of one split of a dataset, in a fixed order that can be resumed at any place.
 
-    A part is a file, or what `datasets` streams as one. A place is (rows read, part, number of the last row in it).
+    A part is a file, or a stream of `datasets`. A place is (rows read, part, number of the last row in it).
     """
 
     section: DatasetConfig
     kind: str  # of READERS
-    parts: list  # (name, part)
-    files: list  # what `datasets` reads: the hub's addresses hold the commit
+    parts: dict  # by name
+    files: tuple = ()  # what `datasets` found: the hub's addresses hold the commit
     start: int = 0  # the first row of the split, and the one after its last
     stop: int = sys.maxsize
 
     def rows(self, place=(0, 0, 0)):
-        """Yield (place, name of the part, raw) of each row after `place`."""
+        """Yield (place, (name of the part, number, raw)) of each row of the split after `place`."""
         read, first, last = place
-        for i, (name, part) in enumerate(self.parts[first:], first):
+        for i, (name, part) in enumerate(self.parts.items()):
+            if i < first:
+                continue
             with blame(f"cannot read {name}"):
-                for number, raw in READERS[self.kind](part):
-                    if (i, number) > (first, last):
-                        read += 1
-                        yield (read, i, number), name, raw
+                for number, raw in READERS[self.kind](part, self.section.column_name):
+                    if (i, number) <= (first, last):
+                        continue
+                    if read == self.stop:
+                        return
+                    read += 1
+                    if read > self.start:
+                        yield (read, i, number), (name, number, raw)
 
 
-def json_lines(path: Path):
-    """Yield (line, its bytes) of each line that is not blank."""
+def json_lines(path, column: str):
+    """Yield (line, its bytes) of each line that is not blank. The workers look the column up."""
     with open_bytes(path) as f:
         for line, raw in enumerate(f, 1):
             if not raw.isspace():
                 yield line, raw
 
 
-def text_documents(path: Path):
+def text_documents(path, column: str):
     """Yield (line, text) of each document between lines that hold <|endoftext|> alone.
 
     The line break before such a line, or before the end, belongs to the file and not to the document.
@@ -794,83 +771,114 @@ def text_documents(path: Path):
                 parts = []
 
 
-def whole_text(path: Path):
+def whole_text(path, column: str):
     """Yield a file as one document."""
     with open_bytes(path) as f:
         yield 1, f.read()
 
 
-def table_rows(stream):
-    """Yield (number, value) of each row of a stream of Arrow tables with one column."""
-    tables = stream.iter(batch_size=256)
-    return enumerate(itertools.chain.from_iterable(table.column(0).to_pylist() for table in tables), 1)
+def parquet_rows(file, column: str):
+    """Yield (row, value) of a column of a parquet file."""
+    from pyarrow.parquet import ParquetFile
+
+    with open_bytes(file) as f:
+        # Buffered, and in small batches: a row group, which `datasets` reads as a whole, may be larger than memory.
+        parquet = ParquetFile(f, buffer_size=1 << 20)
+        columns = [column] if column in parquet.schema_arrow.names else None
+        yield from table_rows(parquet.iter_batches(256, columns=columns), column)
 
 
-READERS = {".jsonl": json_lines, ".txt": text_documents, ".py": whole_text, "table": table_rows}
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": None}
+def stream_rows(stream, column: str):
+    """Yield (row, value) of a column of what `datasets` streams."""
+    # Arrow's tables: to make Python objects of all columns here would take longer than to encode one in the workers.
+    yield from table_rows(stream.with_format("arrow").iter(256), column)
 
 
-def kind_of(path: Path) -> str:
+def table_rows(tables, column: str):
+    """Yield (row, value) of a column of Arrow's tables or record batches."""
+    number = 0
+    for table in tables:
+        if column not in table.schema.names:
+            raise ValueError(f"it has no column {column} (column_name), but {', '.join(table.schema.names)}")
+        # Lists of ids become arrays: to send Python's integers to a worker takes longer than to encode text.
+        for value in table.column(column).to_numpy(zero_copy_only=False):
+            number += 1
+            yield number, value
+
+
+READERS = {
+    ".jsonl": json_lines,
+    ".txt": text_documents,
+    ".py": whole_text,
+    ".parquet": parquet_rows,
+    "stream": stream_rows,
+}
+
+
+def open_zst(f):
+    """A decompressed file, for reading bytes."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(f, compression="zstd"))
+
+
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open_zst}
+
+
+def kind_of(file) -> str:
     """The suffix that says how a file is read, in lower case, that of the compression left out."""
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in COMPRESSED]
+    suffixes = [suffix for suffix in Path(f"{file}".lower()).suffixes if suffix not in COMPRESSED]
     return suffixes[-1] if suffixes else ""
 
 
-def open_bytes(path: Path):
-    """A file opened for reading bytes, decompressed by its suffix, after its byte order mark if it has one."""
-    if path.suffix.lower() == ".zst":
-        import pyarrow
+def open_bytes(file):
+    """A file on disk or on the hub opened for reading bytes, decompressed by its suffix."""
+    import fsspec
 
-        # Not through `datasets`, which fails on the Pile's files: it wants one type for every column.
-        f = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 16)
-    else:
-        f = COMPRESSED.get(path.suffix.lower(), open)(path, "rb")
-    if f.peek(3)[:3] == codecs.BOM_UTF8:
-        f.read(3)
-    return f
+    # A path on disk may have any letters, also those that mean something in an address.
+    f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
+    return COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
 
 
 def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
-    """What `datasets` finds under the name of `c`, which is that of `files` if there are any. Raises what it raises."""
+    """What `datasets` finds under the name of `c`, a hub id, a folder or `files`. Raises what it raises."""
+    from unittest import mock
+
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, in its words, what it also raises
-    path = local(c.name).absolute()
-    # A path on disk is that path: `datasets` would take a folder called parquet for a file format.
-    name = str(path) if path.exists() else c.name
-    if name in builders:
+    datasets.config.TORCH_AVAILABLE = False  # it would import torch, which has no use here
+    name, data_files = c.name, None
+    folder = local(c.name).absolute()
+    # What is on disk goes there by its path: `datasets` would take a folder called parquet for a file format.
+    if folder.is_dir():
+        name = str(folder)
+    elif files:
+        name, data_files = str(files[0].parent), [glob.escape(str(file)) for file in files]
+    elif name in builders:
         raise UserError(f"{name} is not a dataset but a file format of `datasets`: name the files themselves")
-    found = []
-    if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(name)
         stream = (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset()
-    else:
-        # `datasets` reads every file name as a pattern.
-        escaped = [glob.escape(str(file)) for file in files] or None
-        name = str(files[0].parent) if files else name
-        builder = datasets.load_dataset_builder(name, c.config_name, data_files=escaped, revision=c.revision)
-        kind = type(builder).__module__.rpartition(".")[2]
-        if kind == "text" and (files or path.exists()):
-            raise UserError(
-                f"{c.name}: for `datasets`, every line of a .txt is a document: name the files, as in *.txt, plain or "
-                "compressed as .gz, .xz, .bz2 or .zst"
-            )
-        if kind == "parquet":
-            # Read this column alone, in small record batches: by default it is all columns and whole row groups.
-            builder.config.columns = [c.column_name]
-            builder.config.batch_size = 256
-        stream = builder.as_streaming_dataset(split)
-        found = list((builder.config.data_files or {}).get(split, []))
-    first = next(iter(stream), {})
-    if c.column_name not in first:
-        raise UserError(f"{c.name} has no column {c.column_name} (column_name); found {', '.join(first)}")
-    # Arrow tables: to make Python objects of all rows here would take longer than to encode them in the workers.
-    stream = stream.select_columns([c.column_name]).with_format("arrow")
+        return Source(c, "stream", {c.name: stream})
+    resolve = datasets.data_files.resolve_pattern
+
+    def resolve_in(pattern, base_path, **options):
+        return resolve(pattern, glob.escape(base_path), **options)
+
+    # It searches with the folder's name as a part of the pattern, where brackets would match other names.
+    with mock.patch.object(datasets.data_files, "resolve_pattern", resolve_in):
+        builder = datasets.load_dataset_builder(name, c.config_name, data_files=data_files, revision=c.revision)
+    found = tuple((builder.config.data_files or {}).get(split, ()))
+    kinds = {kind_of(file) for file in found}
+    # `datasets` would need more time and memory, and take every line of a .txt for a document.
+    if len(kinds) == 1 and kinds <= READERS.keys():
+        return Source(c, kinds.pop(), {file: file for file in found}, found)
+    stream = builder.as_streaming_dataset(split)
     n = stream.num_shards
-    parts = [(f"{c.name}, part {i}, row", stream.shard(n, i)) for i in range(n)]
-    return Source(c, "table", parts, found)
+    return Source(c, "stream", {f"{c.name}, part {i}": stream.shard(n, i) for i in range(n)}, found)
 
 
 def files_named(c: DatasetConfig) -> list[Path]:
@@ -895,19 +903,18 @@ def open_source(c: DatasetConfig) -> Source:
         raise UserError(f"cannot read split {shown(c.split)}: write train, train[:95%] (up to 100%) or train[-100:]")
     split, *bounds = match.groups(default="")
     files = files_named(c)
-    kinds = {kind_of(p) for p in files or [Path(c.name)]}
-    is_folder = local(c.name).is_dir()
-    # Text is read here, line by line; everything else, folders too, by `datasets`.
-    if is_folder or kinds.isdisjoint(READERS):
+    kinds = {kind_of(file) for file in files or [c.name]}
+    # `datasets` finds the files and splits of a folder or hub id, and reads what is not read here.
+    if local(c.name).is_dir() or kinds.isdisjoint(READERS):
         with blame(f"cannot read {c.name} (split {split}, config_name {c.config_name})"):
-            source = open_tables(c, split, [] if is_folder else files)
+            source = open_tables(c, split, files)
     elif not files or len(kinds) > 1 or split != "train":
         raise UserError(
-            f"{c.name}: found {len(files)} files ({', '.join(sorted(kinds))}); wanted are some of one kind, and split "
-            f"train or a slice of it, not {c.split}"
+            f"{c.name}: found {len(files)} files, {sorted(kinds)}; wanted are some of one kind, and split train or a "
+            f"slice of it, not {c.split}"
         )
     else:
-        source = Source(c, kinds.pop(), [(f"{p}, line", p) for p in files], [])
+        source = Source(c, kinds.pop(), {str(file): file for file in files})
     total = sys.maxsize
     if re.search("[%-]", "".join(bounds)):
         # A percentage, or a distance from the end. The rows are counted: what a dataset's card says may be untrue.
@@ -931,13 +938,10 @@ def stdlib_files() -> list[Path]:
     """The interpreter's own library, tests left out, in an order that makes the end as fair a sample as the start."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    # By the hash of its name a file's place is random, but the same on every machine with this Python.
-    places = {}
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        if left_out.isdisjoint(name.parts) and path.stat().st_size:
-            places[hashlib.sha256(name.as_posix().encode()).digest()] = path
-    return [places[key] for key in sorted(places)]
+    names = [path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size]
+    kept = [name.as_posix() for name in names if left_out.isdisjoint(name.parts)]
+    # By its hash the place of a name is random, but the same on every machine with this Python.
+    return [root / name for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 
 # -----------------------------------------------------------------------------
@@ -946,21 +950,22 @@ def stdlib_files() -> list[Path]:
 
 def parse_row(c: DatasetConfig, kind: str, vocab_size: int, raw):
     """A row's text, or its ids (n,) if `is_tokenized`. ValueError, in words, if it has none. Null is an empty row."""
-    value = raw.decode() if isinstance(raw, bytes) else raw
+    value = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw  # a file may begin with a byte order mark
     if kind == ".jsonl":
         value = json.loads(value)
         if not isinstance(value, dict) or c.column_name not in value:
             raise ValueError(f"no column {c.column_name} (column_name) in {shown(value)}")
         value = value[c.column_name]
+    if value is None:
+        return ""
     if not c.is_tokenized:
-        text = "" if value is None else value
-        if not isinstance(text, str):
+        if not isinstance(value, str):
             raise ValueError(f"column {c.column_name} must hold text, not {shown(value)}")
-        text.encode()  # raises if there is a lone surrogate
-        return text
-    ids = np.array([] if value is None else value)
-    is_list = ids.ndim == 1 and (ids.dtype.kind in "iu" or not len(ids))
-    if not is_list or (len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size):
+        value.encode()  # raises if there is a lone surrogate
+        return value
+    ids = np.asarray(value)
+    is_in_range = not ids.size or (ids.dtype.kind in "iu" and 0 <= ids.min() <= ids.max() < vocab_size)
+    if ids.ndim != 1 or not is_in_range:
         raise ValueError(f"column {c.column_name} must hold lists of ids below {vocab_size}, not {shown(value)}")
     return ids
 
@@ -973,7 +978,7 @@ def parse_rows(c: DatasetConfig, kind: str, vocab_size: int, rows) -> list:
             parsed.append(parse_row(c, kind, vocab_size, raw))
         # ValueError: also broken JSON and broken UTF-8. RecursionError: JSON nested too deep. OverflowError: huge ids.
         except (ValueError, OverflowError, RecursionError) as e:
-            raise UserError(f"{name} {number}: {e}") from e
+            raise UserError(f"{name}:{number}: {e}") from e
     return parsed
 
 
@@ -985,8 +990,7 @@ def begin_work(name: str, data: bytes, eos_token: str) -> None:
     global ENCODER
     # A worker that waits for work would otherwise wait forever once its parent is killed.
     threading.Thread(target=end_with_parent, daemon=True).start()
-    settings = json.dumps({"eos_token": eos_token}).encode()
-    ENCODER = gpt2_encoder(data) if name == "gpt2" else json_encoder(name, data, settings)
+    ENCODER = gpt2_encoder(data) if name == "gpt2" else json_encoder(name, data, [eos_token])
 
 
 def end_with_parent() -> None:
@@ -996,26 +1000,27 @@ def end_with_parent() -> None:
 
 
 def encode_rows(c: DatasetConfig, kind: str, rows):
-    """A worker's task: rows -> tokens (n,) uint16; numbers of documents, of empty rows and of bytes of text."""
+    """A worker's task: rows -> tokens (n,) uint16, and how many tokens, documents and bytes of text they are."""
     eos = ENCODER.eos_token_id
-    parsed = parse_rows(c, kind, ENCODER.vocab_size, rows)
+    # Null and empty rows are counted, and leave no tokens.
+    parsed = [row for row in parse_rows(c, kind, ENCODER.vocab_size, rows) if len(row)]
     if c.is_tokenized:
-        ids = parsed
-        texts = ENCODER.decode_batch([row[row != eos].tolist() for row in ids])
+        # Rows of ids are kept as they are.
+        parts = parsed
+        texts = ENCODER.decode_batch([row[row != eos].tolist() for row in parsed])
     else:
         texts = parsed
         # Such as with a tokenizer without a token for what it does not know.
         with blame(f"{ENCODER.name} cannot encode {rows[0][:2]}, or a row after it"):
             ids = ENCODER.encode_batch(texts)
-    # EOS follows each text that is not empty. Rows of ids are kept as they are.
-    end = [] if c.is_tokenized else [eos]
-    parts = [[]]
-    for row, row_ids in zip(parsed, ids, strict=True):
-        if len(row):
-            parts += [row_ids, end]
-    tokens = np.concatenate(parts, dtype=np.uint16, casting="unsafe")
-    n_empty = [len(row) for row in parsed].count(0)
-    return tokens, len(rows) - n_empty, n_empty, sum(len(text.encode()) for text in texts)
+        parts = itertools.chain.from_iterable(zip(ids, itertools.repeat([eos])))
+    tokens = np.concatenate([[], *parts], dtype="<u2", casting="unsafe")
+    return tokens, {
+        "tokens": len(tokens),
+        "documents": len(parsed),
+        "empty_documents": len(rows) - len(parsed),
+        "bytes": sum(len(text.encode()) for text in texts),
+    }
 
 
 def batches(source: Source, place=(0, 0, 0)):
@@ -1025,11 +1030,9 @@ def batches(source: Source, place=(0, 0, 0)):
     """
     rows = []
     size = 0
-    for after, name, raw in itertools.islice(source.rows(place), source.stop - place[0]):
-        read, _, number = after
-        if read > source.start:
-            rows.append((name, number, raw))
-            size += len(raw) if hasattr(raw, "__len__") else 1
+    for after, row in source.rows(place):
+        rows.append(row)
+        size += len(row[2]) if hasattr(row[2], "__len__") else 1
         if size >= 1 << 19 or len(rows) >= 1024:
             yield rows, after
             rows = []
@@ -1042,8 +1045,7 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
     """A pool of processes for encode_rows. Ctrl-C, which a terminal sends to them, too, is left to their parent."""
     # Spawned, on every platform: a fork would copy threads and locks of this process.
     spawn = multiprocessing.get_context("spawn")
-    parts = encoder.name, encoder.json, encoder.eos_token
-    pool = ProcessPoolExecutor(workers, spawn, initializer=begin_work, initargs=parts)
+    pool = ProcessPoolExecutor(workers, spawn, begin_work, (encoder.name, encoder.json, encoder.eos_token))
     # A new process ignores what its parent ignores. Each of these tasks starts one.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(workers):
@@ -1054,50 +1056,46 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
 
 def encoded(pool, workers: int, source: Source, place):
     """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
+    task = functools.partial(pool.submit, encode_rows, source.section, source.kind)
+    tasks = ((after, task(rows)) for rows, after in batches(source, place))
     # Results come in the order of the batches, not in that in which workers finish.
-    under_way = deque()
-    for rows, after in batches(source, place):
-        under_way.append((after, pool.submit(encode_rows, source.section, source.kind, rows)))
-        if len(under_way) > 2 * workers:
-            after, future = under_way.popleft()
-            yield after, future.result()
-    for after, future in under_way:
+    under_way = deque(itertools.islice(tasks, 2 * workers))
+    while under_way:
+        after, future = under_way.popleft()
+        under_way.extend(itertools.islice(tasks, 1))
         yield after, future.result()
 
 
-COUNTS = "tokens", "documents", "empty_documents", "bytes"
-
-
-def write_shards(folder: Path, split: str, results, shard_tokens: int, about: dict):
-    """Write encoded batches into shards, and yield each time when `about` has a new one.
+def write_shards(folder: Path, split: str, results, shard_tokens: int, record: dict) -> None:
+    """Write encoded batches into shards, and dataset.json after each of them.
 
     A shard ends with the batch that brings it to `shard_tokens` or more: no document lies in two.
     """
     from tqdm import tqdm
 
+    about = record["splits"][split]
     shards = about["shards"]
-    before = sum(entry["tokens"] for entry in shards)
     seconds = 1 if sys.stderr.isatty() else 30
-    with tqdm(desc=split, unit=" tokens", unit_scale=True, initial=before, mininterval=seconds) as bar:
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=seconds) as bar:
         for result in results:
             path = folder / f"{split}_{len(shards):06d}.bin"
-            counts = np.zeros(len(COUNTS), np.int64)
+            counts = Counter()
             with whole_file(path) as f:
                 f.write(bytes(HEADER_BYTES))
                 while result:
-                    about["place"], (tokens, *others) = result
-                    f.write(tokens.astype("<u2", copy=False).data)
-                    counts += [len(tokens), *others]
+                    about["place"], (tokens, added) = result
+                    f.write(tokens)
+                    counts.update(added)
                     bar.update(len(tokens))
-                    result = next(results, None) if counts[0] < shard_tokens else None
+                    result = next(results, None) if counts["tokens"] < shard_tokens else None
                 # Only now the number of tokens is known.
                 f.seek(0)
-                f.write(np.array([MAGIC, VERSION, counts[0]], "<i4").data)
-            entry = dict(zip(COUNTS, counts.tolist(), strict=True))
-            shards.append({"file": path.name, **entry, "sha256": sha256_file(path)})
-            yield
-    for key in COUNTS:
+                f.write(np.array([MAGIC, VERSION, counts["tokens"]], "<i4"))
+            shards.append({"file": path.name, **counts, "sha256": sha256_file(path)})
+            write_record(folder, record)
+    for key in "tokens", "documents", "empty_documents", "bytes":
         about[key] = sum(entry[key] for entry in shards)
+    print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
 
 
 # -----------------------------------------------------------------------------
@@ -1117,8 +1115,9 @@ def identity(c: DatasetConfig, shard_tokens: int) -> dict:
     if files:
         about["names_and_sizes"] = digest([[p.name, p.stat().st_size] for p in files])
     # A file's content may change under the same name.
-    if c.hf_tokenizer_path and tokenizer_file(c.hf_tokenizer_path).is_file():
-        about["tokenizer_sha256"] = sha256_file(tokenizer_file(c.hf_tokenizer_path))
+    name = c.hf_tokenizer_path
+    if name and tokenizer_file(name).is_file():
+        about["tokenizer_sha256"] = sha256_file(tokenizer_file(name))
     return about
 
 
@@ -1141,29 +1140,31 @@ def found_in(folder: Path, here: dict) -> dict:
     if not shards:
         return {}
     # What is gone by now, such as the source of a finished folder, is not compared.
-    there = {split: {k: about.get(k) for k in here.get(split, about)} for split, about in record["source"].items()}
-    differ = differences(there, here)
+    there = record["source"]
+    differ = differences(there, {split: there.get(split, {}) | about for split, about in here.items()})
     if differ:
         raise UserError(f"{folder} is of another config: {'; '.join(differ)}; choose another path or delete {folder}")
     check_tokenizer(folder, record)
-    for entry in shards:
-        path = folder / entry["file"]
-        map_shard(path)
-        if not record["finished"] and sha256_file(path) != entry["sha256"]:
-            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and prepare it again")
     if record["finished"]:
         print(f"{folder} is already prepared")
+    else:
+        check_shards(folder, shards)
     return record
+
+
+def write_record(folder: Path, record: dict) -> None:
+    """Write dataset.json."""
+    write_text(folder / "dataset.json", json.dumps(record, indent=1) + "\n")
 
 
 def first_look(source: Source, vocab_size: int) -> None:
     """Check the first batch: a wrong column or kind of row is wrong from the start, and is found before the work."""
     c = source.section
-    rows, _ = next(batches(source), ([], None))
+    rows = next(batches(source), [[]])[0]
     parsed = parse_rows(c, source.kind, vocab_size, rows)
     if not any(map(len, parsed)) and len(rows) < 1024:
         raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
-    inline = sum(raw.count(SEPARATOR) for _, _, raw in rows) if source.kind == ".txt" else 0
+    inline = sum(text.count(SEPARATOR.decode()) for text in parsed) if source.kind == ".txt" else 0
     if inline:
         print(f"note: in {c.name}, <|endoftext|> stands {inline:,} times beside other text; {SEPARATORS}")
 
@@ -1179,31 +1180,31 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
         return
     # What is wrong with the source and the tokenizer is found before anything is written.
     sources = {split: open_source(c) for split, c in configs.items()}
-    tokenizer_name = next(iter(configs.values())).hf_tokenizer_path  # the same for all
-    encoder = load_encoder(tokenizer_name) if tokenizer_name else None
+    *_, c = configs.values()  # all have the same tokenizer
+    encoder = load_encoder(c.hf_tokenizer_path) if c.hf_tokenizer_path else None
     for source in sources.values():
         first_look(source, encoder.vocab_size if encoder else 0)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = hold(folder, "preparing", wait=True)
+    lock = hold(folder, "preparing", wait=True)  # noqa: F841, released at the end of this function
     record = found_in(folder, here)  # again: another process may have been at work until now
     if record.get("finished"):
         return
     if not encoder:
-        encoder = trained_encoder(folder, sources["train"], bool(record))
+        # Here, or before it was interrupted.
+        data = (folder / "tokenizer.json").read_bytes() if record else train_bpe(sources["train"])
+        encoder = json_encoder("trained here", data)
     tokenizer = {
         "name": encoder.name,
         "sha256": hashlib.sha256(encoder.json).hexdigest(),
         "vocab_size": encoder.vocab_size,
         "eos_token_id": encoder.eos_token_id,
     }
-    modified = {}
-    for split, source in sources.items():
-        # Shards must not mix two versions of a source, which may have the same size.
-        modified[split] = digest([[p.stat().st_mtime_ns for p in files_named(source.section)], source.files])
-    begun = {"tokenizer": tokenizer, "modified": modified}
+    # Shards must not mix two versions of a source, which may have the same size.
+    versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
+    begun = {"tokenizer": tokenizer, "modified": digest(versions)}
     splits = {split: {"shards": [], "place": (0, 0, 0)} for split in configs}
     record = record or {"source": here, **begun, "splits": splits, "finished": False}
-    differ = differences({key: record[key] for key in begun}, begun)
+    differ = differences(record, record | begun)
     if differ:
         raise UserError(f"the source or the tokenizer changed since {folder} was begun ({differ[0]}): delete {folder}")
     write_record(folder, record)  # before all other files: it marks the folder as prepared here
@@ -1212,33 +1213,73 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():
-            about = record["splits"][split]
-            results = encoded(pool, workers, source, tuple(about["place"]))
-            for _ in write_shards(folder, split, results, shard_tokens, about):
-                write_record(folder, record)
-            print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
+            place = tuple(record["splits"][split]["place"])
+            write_shards(folder, split, encoded(pool, workers, source, place), shard_tokens, record)
     # The source may change from now on. How often the preparation was interrupted leaves no trace.
     for about in record["splits"].values():
         del about["place"]
     del record["modified"]
     write_record(folder, record | {"finished": True})
-    if lock:
-        lock.release()
 
 
-def write_record(folder: Path, record: dict) -> None:
-    """Write dataset.json."""
-    write_text(folder / "dataset.json", json.dumps(record, indent=1) + "\n")
+# -----------------------------------------------------------------------------
+# other views of the shards
 
 
-def trained_encoder(folder: Path, source: Source, is_kept: bool) -> TextEncoder:
-    """The byte-level BPE trained on the rows of the train split, or the one that an interrupted preparation trained."""
-    if is_kept:
-        return json_encoder("trained here", (folder / "tokenizer.json").read_bytes())
-    c = source.section
-    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
-    texts = (parse_rows(c, source.kind, 0, rows) for rows, _ in batches(source))
-    return json_encoder("trained here", train_bpe(texts, c.train_tokenizer_vocab_size))
+def prepared(folder: Path, split: str, prepare: str) -> Shards:
+    """The shards of a split that were prepared here, so that it is known what encoded them. UserError for others."""
+    data = Shards(folder, split, prepare)
+    if not data.info:
+        raise UserError(f"{folder} has no dataset.json, which says what encoded its shards")
+    return data
+
+
+def peek(folder: Path, split: str, n: int, prepare: str) -> None:
+    """Print the first n documents of a split as a model sees them: the text of their ids."""
+    data = prepared(folder, split, prepare)
+    tok = text_tokenizer((folder / "tokenizer.json").read_bytes())
+    # The first documents are in the first tokens; the rest of a large split is not read.
+    (tokens,) = data.windows([0], min(data.n_tokens, 1 << 24))
+    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:-1] + 1
+    for i, ids in enumerate(np.split(tokens, ends[:n])[:n], 1):
+        print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
+
+
+def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> None:
+    """Write a split as a data store of param-decomp: the folder `store` with a data.parquet and a meta.json.
+
+    The rows of input_ids are the tokens of the split, end to end, n_ctx - 1 in each: as many as the model reads. With
+    `documents` there are n_ctx in each, and document_ids beside them, as param-decomp's pretraining takes them.
+    """
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetWriter
+    from tqdm import trange
+
+    width = n_ctx if documents else n_ctx - 1
+    tokenizer = data.info["tokenizer"]
+    # AutoTokenizer takes a hub id, or a folder.
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer["name"]) and not local(tokenizer["name"]).exists()
+    name = tokenizer["name"] if is_on_hub else str(data.folder.absolute())
+    about = {"seq_len": width, "tokenizer_name": name}
+    names = ["input_ids"]
+    if documents:
+        names.append("document_ids")
+        about |= {"format_version": 2, "preprocessing_name": "pretrain"}
+    store.mkdir(parents=True, exist_ok=True)
+    # Without its meta.json the folder is no store, whatever an interruption leaves in it.
+    (store / "meta.json").unlink(missing_ok=True)
+    schema = pa.schema({name: pa.list_(pa.int32(), width) for name in names})
+    n = data.n_tokens // width
+    with whole_file(store / "data.parquet") as f, ParquetWriter(f, schema) as writer:
+        for first in trange(0, n, 8192, desc=data.split, unit=" row groups"):
+            ids = data.windows(range(first, min(first + 8192, n)), width)  # (rows, width)
+            # EOS belongs to the document that it ends.
+            ends = ids == tokenizer["eos_token_id"]
+            values = ids, ends.cumsum(axis=1) - ends
+            lists = [pa.FixedSizeListArray.from_arrays(x.astype(np.int32).ravel(), width) for x in values]
+            writer.write_table(pa.Table.from_arrays(lists[: len(names)], schema=schema))
+    write_text(store / "meta.json", json.dumps(about) + "\n")
+    print(f"wrote {store}: {n:,} rows of {width} tokens")
 
 
 # -----------------------------------------------------------------------------
@@ -1248,22 +1289,8 @@ def trained_encoder(folder: Path, source: Source, is_kept: bool) -> TextEncoder:
 def verify(folder: Path, split: str, prepare: str) -> None:
     """Read again what dataset.json vouches for; UserError names the first file that is not what it was."""
     data = Shards(folder, split, prepare)
-    for path, entry in zip(data.files, data.entries, strict=False):  # foreign shards have no entries
-        if sha256_file(path) != entry["sha256"]:
-            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and run {prepare}")
-    print(f"{folder}: {split} is sound, {data.n_tokens:,} tokens in {len(data.files)} shards")
-
-
-def peek(folder: Path, split: str, n: int, prepare: str) -> None:
-    """Print the first n documents of a split as a model sees them: the text of their ids."""
-    data = Shards(folder, split, prepare)
-    tok = text_tokenizer((folder / "tokenizer.json").read_bytes())
-    eos = eos_of(tok, json.loads((folder / "tokenizer_config.json").read_bytes()), str(folder))
-    # The first documents are in the first tokens; the rest of a large split is not read.
-    tokens = data.tokens(0, min(data.n_tokens, 1 << 24))
-    ends = np.flatnonzero(tokens == eos)[:-1] + 1
-    for i, ids in enumerate(np.split(tokens, ends[:n])[:n], 1):
-        print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
+    check_shards(folder, data.entries)
+    print(f"{folder}: {split} is sound, {data.n_tokens:,} tokens")
 
 
 def available_cpus() -> int:
@@ -1275,38 +1302,46 @@ def available_cpus() -> int:
 
 def count(text: str) -> int:
     """A number on the command line. A shard's header counts to 2**31, and its last batch may go beyond its size."""
-    if not 1 <= int(text) < 2**30:
-        raise ValueError
-    return int(text)
+    if int(text) in range(1, 2**30):
+        return int(text)
+    raise ValueError
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Text or tokens in, shards out.")
     parser.add_argument("config", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.name=my.txt")
-    parser.add_argument("--workers", type=count, default=available_cpus(), help="processes (default: all cores)")
+    parser.add_argument("--workers", type=count, default=available_cpus(), help="processes (default: %(default)s)")
     parser.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens in a shard (default: 100M)")
     parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
     parser.add_argument("--peek", type=count, metavar="N", help="print the first N documents of each split, decoded")
+    parser.add_argument("--parquet", type=local, metavar="DIR", help="write what was prepared as param-decomp's data")
+    parser.add_argument("--documents", action="store_true", help="with --parquet: for pretraining there")
     args = parser.parse_intermixed_args()
+    if args.documents and not args.parquet:
+        parser.error("--documents goes with --parquet")
     # An ASCII console shows other letters as backslash escapes.
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")
     command = f"python prepare_data.py {args.config}"
+    # train and val share a folder, unless their config says otherwise.
+    folders = {}
+    data = {}
     try:
-        sections = dataset_configs(read_config(args.config, args.overrides))
-        for split, c in sections.items():
+        configs = dataset_configs(read_config(args.config, args.overrides))
+        for split, c in configs.items():
+            folders.setdefault(c.folder(), {})[split] = c
             if args.verify:
                 verify(c.folder(), split, command)
             if args.peek:
                 peek(c.folder(), split, args.peek, command)
-        if not args.verify and not args.peek:
-            # train and val share a folder, unless their config says otherwise.
-            folders = {}
-            for split, c in sections.items():
-                folders.setdefault(c.folder(), {})[split] = c
-            for folder, configs in folders.items():
-                prepare(folder, configs, args.workers, args.shard_tokens)
+            if args.parquet:
+                data[split] = prepared(c.folder(), split, command)
+        for split, shards in data.items():
+            export_parquet(args.parquet.absolute() / split, shards, configs[split].n_ctx, args.documents)
+        if not args.verify and not args.peek and not args.parquet:
+            for folder, sections in folders.items():
+                prepare(folder, sections, args.workers, args.shard_tokens)
     # What a user or a machine did: what is on disk is whole, and the same command goes on.
     except (UserError, OSError, ImportError) as e:
         sys.exit(f"prepare_data: {e}")

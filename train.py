@@ -121,7 +121,7 @@ class Config(Section):
     sample_seed: NonNegativeInt = Field(0, description="seed of the sampled text")
     train_log_every: PositiveInt = Field(100, description="updates between lines on the console")
     intermediate_checkpoints: bool = Field(description="keep weights at 0, 1, 2, 4 ... 512, 1000, 2000 ...")
-    checkpoint_steps: list[NonNegativeInt] = Field([], description="also keep weights at these updates")
+    checkpoint_steps: list[NonNegativeInt] | None = Field(None, description="also keep weights at these updates")
     checkpoint_every: NonNegativeInt = Field(0, description="also keep weights every N updates; 0: no")
     keep_optimizer: bool = Field(False, description="keep optim_step_N.pt beside every kept model_step_N.pt")
     resume_every: NonNegativeInt = Field(1000, description="updates between saved states; 0: only on a signal")
@@ -136,7 +136,7 @@ class Config(Section):
         n_ctx = {self.train_dataset_config.n_ctx, self.val_dataset_config.n_ctx}
         for is_wrong, sentence in (
             (n_ctx != {self.model.block_size + 1}, "n_ctx of both datasets must be the model's block_size + 1"),
-            (max(self.checkpoint_steps, default=0) > self.num_iterations, "checkpoint_steps exceeds num_iterations"),
+            (max(self.checkpoint_steps or [0]) > self.num_iterations, "checkpoint_steps exceeds num_iterations"),
             (self.muon_learning_rate and not muon, "muon_learning_rate has no effect with adamw: leave it out"),
             (muon and not hasattr(torch.optim, "Muon"), "optimizer muon needs torch 2.9 or later"),
             (has_branch == (self.branch_step is None), "branch_from and branch_step must be set together"),
@@ -214,7 +214,7 @@ def is_checkpoint(s: int, c) -> bool:
     early = s < 1000 and s & (s - 1) == 0  # 0, 1, 2, 4 ... 512
     if c.intermediate_checkpoints and (early or s % 1000 == 0):
         return True
-    return s in c.checkpoint_steps or due(s, c.checkpoint_every, c.num_iterations) or s == c.num_iterations
+    return s in (c.checkpoint_steps or ()) or due(s, c.checkpoint_every, c.num_iterations) or s == c.num_iterations
 
 
 def due(s: int, every: int, last: int) -> bool:

@@ -18,8 +18,19 @@ from pathlib import Path
 import torch
 import yaml
 
-from prepare_data import UserError, differences, local, tokenizer_config, validated, whole_file, write_text
-from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
+from models import untied_weights
+from prepare_data import (
+    TEXT_ONLY,
+    UserError,
+    differences,
+    in_short,
+    local,
+    tokenizer_config,
+    validated,
+    whole_file,
+    write_text,
+)
+from run_info import LISTING, PretrainRunInfo, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
 # one spelling of all models' parameters
@@ -119,13 +130,20 @@ def hf_fields(cls, c) -> dict:
     fields = {theirs: getattr(c, ours) for ours, theirs in HF_NAMES.items() if hasattr(c, ours)}
     fields |= {"model_type": kind, "tie_word_embeddings": True, "n_ctx": c.block_size}  # llama.cpp reads n_ctx
     if kind == "gpt2":
-        fields |= {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5}
-        return fields | {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
+        return fields | {
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5,
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+        }
     # A merged c_attn has as many key/value heads as query heads.
     if not c.use_grouped_query_attention:
         fields["num_key_value_heads"] = c.n_head
-    fields |= {"head_dim": c.n_embd // c.n_head, "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu"}
-    return fields | {"rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
+    return fields | {
+        "head_dim": c.n_embd // c.n_head,
+        "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base},
+    }
 
 
 def from_hugging_face(cls, name: str):
@@ -150,16 +168,19 @@ def from_hugging_face(cls, name: str):
 def our_config(cls, given, name: str):
     """The config of our class `cls` for Hugging Face's config `given` of the model `name`. Raises UserError."""
     if given.model_type != HF_TYPES.get(cls.__name__):
-        raise UserError(f"{name} is Hugging Face's {given.model_type}, which is no {cls.__name__}")
+        raise UserError(f"{name} is Hugging Face's {given.model_type}, which is not a {cls.__name__}")
     fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if hasattr(given, theirs)}
     if given.model_type != "gpt2":
-        rotary = {"rotary_dim": given.head_dim, "rotary_base": given.rope_parameters["rope_theta"]}
-        fields |= rotary | {"n_ctx": given.max_position_embeddings}
+        fields |= {
+            "rotary_dim": given.head_dim,
+            "rotary_base": given.rope_parameters["rope_theta"],
+            "n_ctx": given.max_position_embeddings,
+        }
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
     wanted = hf_fields(cls, c) | {"sliding_window": None}
     if unlike := differences({field: getattr(given, field, value) for field, value in wanted.items()}, wanted):
-        raise UserError(f"{name} computes what no {cls.__name__} does: {'; '.join(unlike)}")
+        raise UserError(f"{name} does not compute what a {cls.__name__} does: {'; '.join(unlike)}")
     return c
 
 
@@ -198,9 +219,9 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
     hf = hf_model(info)
     encoder = info.encoder
     # Not the run's file itself: its tokenizer may add, pad or cut.
-    spec = json.loads(encoder.json) | {"truncation": None, "padding": None, "post_processor": None}
-    more = {"bos_token": encoder.eos_token, "model_max_length": hf.config.max_position_embeddings}
-    settings = json.loads(tokenizer_config(encoder.eos_token, for_transformers=True)) | more
+    spec = json.loads(encoder.json) | TEXT_ONLY
+    settings = json.loads(tokenizer_config(encoder.eos_token, for_transformers=True))
+    settings |= {"bos_token": encoder.eos_token, "model_max_length": hf.config.max_position_embeddings}
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its place when all is in it.
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -215,7 +236,7 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
         theirs = import_transformers().AutoTokenizer.from_pretrained(part)
         for text in theirs.get_added_vocab():
             if theirs(text).input_ids != info.load_tokenizer().encode(text).ids:
-                raise UserError(f"Hugging Face would read {text!r} in a text as a special token; training did not")
+                raise UserError(f"Hugging Face would take {text!r} in a text as a special token; training did not")
         os.replace(part, folder)
 
 
@@ -258,15 +279,17 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
     c = model.config
     if unlike := differences(vars(c) | PARAM_DECOMP_FIELDS, vars(c)):
         raise UserError(f"param-decomp's LlamaSimpleMLP is another model: {'; '.join(unlike)}")
-    # Their file holds the tied weight once, as the embedding.
-    weights = {key: x.float().contiguous() for key, x in model.state_dict().items() if key != "lm_head.weight"}
+    weights = untied_weights(model)
     if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
         raise UserError(f"param-decomp's LlamaSimpleMLP has no {unknown}")
     data = save(weights)
     run_path = f"local/{name}" if name else own_name(info, data)
     found = wandb_run(run_path)
     if not found:
-        raise UserError(f"{run_path} is no name: use --as PROJECT/RUN_ID, where RUN_ID is 8 of a-z, 0-9 or t-0123abcd")
+        raise UserError(
+            f"{run_path} is not a valid name: use --as PROJECT/RUN_ID, where RUN_ID is 8 letters or digits, "
+            "or is like t-0123abcd"
+        )
 
     # Their loader takes the entry if it has a model_config.yaml and exactly one safetensors: the weights come last.
     folder = local(data_root).absolute() / "pretrain_cache" / "-".join(found[1:])

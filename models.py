@@ -84,8 +84,10 @@ class LlamaConfig(GPT2Config):
         if not self.rms_norm_eps > 0:
             raise ValueError(f"rms_norm_eps must be above 0, not {self.rms_norm_eps!r}")
         if self.rotary_dim != head_size:
-            message = f"rotary_dim {self.rotary_dim} has no effect: RoPE rotates whole heads of {head_size} dimensions"
-            warnings.warn(message, stacklevel=3)  # points at the line that builds the config
+            warnings.warn(
+                f"rotary_dim {self.rotary_dim} has no effect: RoPE rotates whole heads of {head_size} dimensions",
+                stacklevel=3,  # points at the line that builds the config
+            )
 
 
 @dataclass
@@ -158,7 +160,7 @@ class CausalSelfAttention(nn.Module):
         return parts
 
     def add_positions(self, q, k):
-        """q, k (B, heads, T, hs) -> the same with the positions in them. RotaryAttention's own."""
+        """q, k (B, heads, T, hs), returned as they are. RotaryAttention rotates them by their positions."""
         return q, k
 
     def forward(self, x):
@@ -188,7 +190,7 @@ class RotaryAttention(CausalSelfAttention):
         self.compute_tables()
 
     def compute_tables(self) -> None:
-        """Set rotary_cos and rotary_sin (block_size, hs), float32: of t / base^(2i / hs), the same for a pair."""
+        """Set rotary_cos and rotary_sin (block_size, hs), float32: cos and sin of t / base^(2i / hs) for pair i."""
         hs = self.head_dim
         # Computed on the CPU, whatever the default device is, so that every device has the same numbers.
         freq = self.rotary_base ** (torch.arange(hs // 2, dtype=torch.float32, device="cpu") / (hs / 2))
@@ -201,7 +203,7 @@ class RotaryAttention(CausalSelfAttention):
     def _apply(self, *args, **kwargs):
         """What .to(), .bfloat16() and to_empty() go through.
 
-        The tables are no buffers, which .bfloat16() would round and to_empty() would leave without values.
+        The tables are not buffers: .bfloat16() would round those, and to_empty() would leave them without values.
         """
         super()._apply(*args, **kwargs)
         self.compute_tables()
@@ -387,9 +389,10 @@ class LanguageModel(nn.Module):
         for module in self.modules():
             if module is self.lm_head or not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue
-            residual = getattr(module, "writes_residual", False)
-            std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
-            nn.init.normal_(module.weight, mean=0.0, std=std, generator=rng)
+            std = 0.02
+            if hasattr(module, "writes_residual"):
+                std /= math.sqrt(2 * self.config.n_layer)
+            nn.init.normal_(module.weight, std=std, generator=rng)
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
@@ -438,7 +441,7 @@ class LanguageModel(nn.Module):
             x = self.embed(idx)  # (B, T, C)
         except IndexError as e:  # of a CPU's nn.Embedding, which does not name the id
             ids = f"token ids from {idx.min()} to {idx.max()}"
-            raise ValueError(f"{ids} go beyond the vocabulary of {self.config.vocab_size}") from e
+            raise ValueError(f"{ids} do not fit the vocabulary of {self.config.vocab_size}") from e
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)
@@ -448,8 +451,8 @@ class LanguageModel(nn.Module):
         n_targets = (targets != -1).sum()
         # The pieces use only lm_head's weight, so a replaced lm_head gets all rows at once.
         if not return_logits and type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
-            args = x.flatten(0, -2), self.lm_head.weight, targets, torch.is_grad_enabled()
-            return None, LossInPieces.apply(*args) / n_targets
+            loss = LossInPieces.apply(x.flatten(0, -2), self.lm_head.weight, targets, torch.is_grad_enabled())
+            return None, loss / n_targets
         logits = self.lm_head(x)  # (B, T, V)
         loss = summed_loss(logits.flatten(0, -2), targets) / n_targets
         return (logits if return_logits else None), loss
@@ -489,7 +492,7 @@ class LanguageModel(nn.Module):
         return idx[0] if one_dim else idx
 
     def flops_per_token(self) -> int:
-        """Of a training step: 6 for each weight of a matrix product, and attention counted without the causal mask."""
+        """Flops of a training step, per token: 6 for each weight of a linear layer, and attention without its mask."""
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
@@ -525,6 +528,11 @@ class LanguageModel(nn.Module):
         from run_info import pretrained_model
 
         return pretrained_model(cls, path)[0]
+
+
+def untied_weights(model) -> dict:
+    """The weights as param-decomp's safetensors hold them: float32, and the tied weight once, as wte.weight."""
+    return {name: w.float().contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}
 
 
 def load_file(path):
@@ -624,10 +632,13 @@ class Llama(LanguageModel):
 
     def build(self, config) -> None:
         # SPD keeps everything but lm_head in a ModuleDict, whose name is part of every parameter's name.
-        self.transformer = nn.ModuleDict()
-        self.transformer["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
-        self.transformer["h"] = self.blocks(LlamaBlock, "kv", "c_proj", False)
-        self.transformer["rms_f"] = RMSNorm(config.n_embd, config.rms_norm_eps)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "h": self.blocks(LlamaBlock, "kv", "c_proj", False),
+                "rms_f": RMSNorm(config.n_embd, config.rms_norm_eps),
+            }
+        )
 
 
 class LlamaSimple(LanguageModel):

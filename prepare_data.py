@@ -9,7 +9,6 @@ on the source and the config alone. An interrupted preparation is resumed by the
 """
 
 import argparse
-import bisect
 import bz2
 import contextlib
 import dataclasses
@@ -28,7 +27,6 @@ import re
 import signal
 import sys
 import sysconfig
-import textwrap
 import threading
 import typing
 from collections import Counter, deque
@@ -55,17 +53,18 @@ class ConfigLoader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         # YAML's own loader silently takes the last of two equal keys.
         keys = [key.value for key, _ in node.value]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise yaml.YAMLError(f"it has the key {twice[0]} twice in one section")
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"it has the key {key} twice in one section")
         return super().construct_mapping(node, deep)
 
 
 # `run_dir: 2026-01-01` names a folder.
 ConfigLoader.add_constructor("tag:yaml.org,2002:timestamp", ConfigLoader.construct_yaml_str)
-# YAML 1.1 wants a point and a sign: for it, 3e-4 is text.
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+0123456789"))
+# YAML 1.1 requires a point and a sign in a number, and so reads 3e-4 as text.
+ConfigLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def load_yaml(text: str, what: str):
@@ -94,7 +93,7 @@ def read_config(path, overrides=()) -> dict:
 
 
 def replaced(section, keys: list[str], value):
-    """`section` with `value` at the path `keys`; sections that are not there are made, and found wrong later."""
+    """`section` with `value` at the path `keys`; sections that are missing are created."""
     if not keys:
         return value
     section = section if isinstance(section, dict) else {}
@@ -115,6 +114,11 @@ def shown(value) -> str:
     return text if len(text) <= 64 else f"{text[:60]}..."
 
 
+def in_short(error: Exception) -> str:
+    """Another library's error in one line: its messages may have many."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
+
+
 @contextlib.contextmanager
 def blame(what: str):
     """Turn an error of a library, which may raise errors of any kind, into a UserError that begins with `what`."""
@@ -123,7 +127,7 @@ def blame(what: str):
     except (UserError, ImportError):
         raise
     except Exception as e:
-        raise UserError(f"{what} ({type(e).__name__}: {textwrap.shorten(str(e), 400)})") from e
+        raise UserError(f"{what} ({in_short(e)})") from e
 
 
 def flat(value, prefix: str = "") -> dict:
@@ -214,8 +218,8 @@ def validated(cls, values, where: str = ""):
         # Unknown keys first: one of them is often the missing key, misspelled.
         first = min(e.errors(include_url=False), key=lambda error: error["type"] not in UNKNOWN_KEY)
         raise UserError(where + sentence(cls, first)) from e
-    # pydantic takes true for the number 1 and "yes" for true, integers without limit, and text that is no file name
-    # and no JSON: with NUL bytes or lone surrogates.
+    # pydantic accepts true as the number 1, "yes" as true, integers of any size, and text that neither file names nor
+    # JSON can hold: with NUL bytes or lone surrogates.
     given = flat(values)
     for key, value in flat(adapter.dump_python(result)).items():
         typed = given.get(key, value)
@@ -258,8 +262,7 @@ def dataset_configs(raw: dict) -> dict:
     """{"train": ..., "val": ...} from a config; val takes train's tokenizer, and its path if the names agree."""
     # train.py refuses every unknown key; here the other keys of a run's config are not known.
     for key in raw.keys() - SECTIONS:
-        near = difflib.get_close_matches(f"{key}", SECTIONS, cutoff=0.8)
-        if near:
+        if near := difflib.get_close_matches(f"{key}", SECTIONS, cutoff=0.8):
             raise UserError(f"{key} is an unknown key; the nearest valid key is {near[0]}")
     train, val = (validated(DatasetConfig, raw.get(name), f"{name}.") for name in SECTIONS)
     taken = {}
@@ -294,13 +297,12 @@ def two_sections(config: dict) -> dict:
     data = config.pop("data")
     if not isinstance(data, dict) or not config.keys().isdisjoint(SECTIONS):
         raise UserError(
-            "data must be param-decomp's section, and stand without train_dataset_config, val_dataset_config"
+            "data must be param-decomp's section, without train_dataset_config or val_dataset_config beside it"
         )
     data.pop("buffer_size", None)  # it shuffles within a buffer, where every order here is a permutation
     # Keys without a name of ours stay, and are refused with the section that they end up in.
     for theirs, ours in PARAM_DECOMP_KEYS.items():
-        value = data.pop(theirs, None)
-        if value is not None:
+        if (value := data.pop(theirs, None)) is not None:
             data[ours] = value
     splits = data.pop("train_split", "train"), data.pop("eval_split", "val")
     for section, split in zip(SECTIONS, splits, strict=True):
@@ -321,8 +323,8 @@ def whole_file(path: Path):
         with open(part, "wb") as f:
             yield f
             f.flush()
-            # Else a power failure could leave the name with half of the content. One that loses the rename itself
-            # leaves an older state, which is whole, too.
+            # Without this, a power failure could leave the new name with half of the content. If the failure undoes
+            # the rename, the older file is still there, and whole.
             os.fsync(f.fileno())
         os.replace(part, path)
     finally:
@@ -344,8 +346,8 @@ def sha256_file(path: Path) -> str:
 def hold(folder: Path, doing: str, wait: bool = False):
     """Hold `folder` for this process until the returned lock is released or the process ends.
 
-    If another process holds it, raises UserError, or waits if `wait`. Returns None where the file system has no locks.
-    The lock file stays: two processes could hold it if it were deleted.
+    If another process holds it, raises UserError, or waits if `wait`. Where the file system has no locks, the returned
+    lock holds nothing. The lock file is never deleted: otherwise two processes could each lock a file of this name.
     """
     import filelock
 
@@ -356,13 +358,12 @@ def hold(folder: Path, doing: str, wait: bool = False):
         lock.acquire(timeout=0)
     except filelock.Timeout as e:
         if not wait:
-            raise UserError(f"{busy}: wait for its end, or choose another folder") from e
-        # Whoever waits should know for what.
+            raise UserError(f"{busy}: wait until it ends, or choose another folder") from e
+        # Say what this process waits for.
         print(f"{busy}: waiting for it", file=sys.stderr)
         lock.acquire()
     except (OSError, NotImplementedError):
-        # Lustre without its flock option, FUSE and NFS without a lock service: nothing can be held there.
-        return None
+        pass  # Lustre without its flock option, FUSE and NFS without a lock service: nothing can be held there
     return lock
 
 
@@ -433,6 +434,10 @@ def json_encoder(name: str, data: bytes, eos_names=EOS_NAMES) -> TextEncoder:
     return TextEncoder(name, data, vocab_size, vocab[eos], eos.removeprefix(HIDDEN), encode_batch, tok.decode_batch)
 
 
+# Of a tokenizer.json: documents are encoded whole, and EOS is added here and not by the tokenizer.
+TEXT_ONLY = {"truncation": None, "padding": None, "post_processor": None}
+
+
 def text_tokenizer(data: bytes):
     """The tokenizers.Tokenizer of a tokenizer.json, for text as a model is trained on it.
 
@@ -442,8 +447,7 @@ def text_tokenizer(data: bytes):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are ours, a batch of documents each
     from tokenizers import Tokenizer
 
-    # Documents are encoded whole, and EOS is added here and not by the tokenizer.
-    spec = json.loads(data) | {"truncation": None, "padding": None, "post_processor": None}
+    spec = json.loads(data) | TEXT_ONLY
     model = spec["model"]
     model.pop("dropout", None)  # it would leave out merges at random
     if "merges" not in model or model.get("ignore_merges"):
@@ -457,7 +461,7 @@ def text_tokenizer(data: bytes):
 def hide_special_words(spec: dict) -> dict:
     """Rename special tokens for a model that looks words up: '</s>' would be one of its words.
 
-    (A BPE that merges cannot reach them.) The decoder takes the new part of the name off again.
+    (A BPE with merges cannot produce such words.) The decoder removes the added part of the name again.
     """
     text = json.dumps(spec)
     for token in spec["added_tokens"]:
@@ -465,14 +469,14 @@ def hide_special_words(spec: dict) -> dict:
             # Also in the model's vocabulary, and as its unk_token.
             text = text.replace(json.dumps(token["content"]), json.dumps(HIDDEN + token["content"]))
     spec = json.loads(text)
-    spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # what no decoder at all would do
+    spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # decodes as a tokenizer without a decoder does
     replace = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
     spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec["decoder"] or spaces]}
     return spec
 
 
 def gpt2_encoder(data: bytes = b"") -> TextEncoder:
-    """tiktoken's gpt2: the ids of the hub's gpt2, several times faster. data: its tokenizer.json, if it is made."""
+    """tiktoken's gpt2: the ids of the hub's gpt2, several times faster. data: its tokenizer.json, if known."""
     import tiktoken
     from tiktoken.load import read_file_cached
     from tokenizers import models
@@ -527,8 +531,8 @@ def train_bpe(source) -> bytes:
 def tokenizer_config(eos_token: str, for_transformers: bool) -> str:
     """The text of a tokenizer_config.json, with which transformers loads the tokenizer.json beside it.
 
-    for_transformers: special tokens in text are split, as in training. SPD and param-decomp, which write the EOS as
-    text between documents, need them read.
+    for_transformers: special tokens in text are split, as in training. Otherwise they are recognized, for SPD and
+    param-decomp, which join documents with the EOS as text.
     """
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token, "pad_token": eos_token}
     if for_transformers:
@@ -558,8 +562,8 @@ def shard_length(path: Path) -> int:
     header = np.fromfile(path, "<i4", 3).tolist()
     if header != wanted:
         raise UserError(
-            f"{path} is not a whole shard: its first int32 are {header} and not {wanted}. Prepare it again; before "
-            "nanoGPT's bare uint16, put these three and 253 zeros"
+            f"{path} is not a whole shard: its first three int32 are {header}, not {wanted}. Prepare it again, or, if "
+            "it is nanoGPT's bare uint16, put those three and 253 zeros in front"
         )
     return header[2]
 
@@ -567,52 +571,51 @@ def shard_length(path: Path) -> int:
 class Shards:
     """The tokens of one split as one stream, memory-mapped. Window w is tokens [w * length, (w + 1) * length)."""
 
-    def __init__(self, folder: Path, split: str, prepare: str):
-        """`prepare` is the command that writes the shards, for the error that they are not there."""
+    def __init__(self, folder: Path, split: str, config):
+        """`config` is the path of the YAML that prepares the shards, for the error that they are not there."""
         self.folder = folder
         self.split = split
         self.info = read_record(folder)
         self.entries = self.info.get("splits", {}).get(split, {}).get("shards", [])  # of dataset.json
         self.files = [folder / entry["file"] for entry in self.entries]
         if self.info:
-            check_tokenizer(folder, self.info)
+            check_files(folder, [{"file": "tokenizer.json"} | self.info["tokenizer"]])
         else:
             # llm.c's or modded-nanogpt's: the split is a word of the name, so not retrieval_train_0.bin for val.
             named = re.compile(rf"([^.].*[^a-z])?{split}(idation)?([^a-z].*)?\.bin")
             self.files = sorted(p for p in folder.glob("*.bin") if named.fullmatch(p.name))
         # An unfinished preparation has no shards to train on yet.
         if not self.files or not self.info.get("finished", True):
-            raise UserError(f"no finished {split} shards in {folder}: run {prepare}")
+            raise UserError(f"no finished {split} shards in {folder}: run python prepare_data.py {config}")
         # The token of the stream at which each shard starts.
-        self.starts = [0, *itertools.accumulate(map(shard_length, self.files))]
-        self.n_tokens = self.starts[-1]
-        # A map keeps its file open, and a process may open some hundreds.
-        self.shard = functools.lru_cache(maxsize=128)(self.map_shard)
+        self.starts = np.cumsum([0, *map(shard_length, self.files)], dtype=np.int64)
+        self.n_tokens = int(self.starts[-1])
+        # A memory map keeps its file open, and a process may open only some hundreds: the cache holds 128 maps.
+        self.shard = functools.lru_cache(self.map_shard)
 
     def map_shard(self, i: int) -> np.ndarray:
         """The tokens of shard i, (n,) uint16, memory-mapped."""
         return np.memmap(self.files[i], "<u2", "r", offset=HEADER_BYTES).view(np.ndarray)
 
     def fingerprint(self) -> tuple[str, str]:
-        """(What tells these data from others, its sha256): dataset.json, or foreign shards' names and lengths."""
+        """(name, sha256) of what identifies these data: dataset.json, or the names and lengths of foreign shards."""
         path = self.folder / "dataset.json"
         if self.info:
             return str(path), sha256_file(path)
-        return f"{self.folder}/*{self.split}*.bin", digest([[p.name for p in self.files], self.starts])
+        return f"{self.folder}/*{self.split}*.bin", digest([[p.name for p in self.files], self.starts.tolist()])
 
     def locate(self, tokens):
         """(shards, offsets in tokens) of the stream's tokens number `tokens`, an int or an array of them."""
         shards = np.searchsorted(self.starts, tokens, side="right") - 1
-        return shards, tokens - np.array(self.starts)[shards]
+        return shards, tokens - self.starts[shards]
 
     def windows(self, ids, length: int) -> np.ndarray:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. One may lie in several shards."""
         starts = np.asarray(ids, np.int64) * length
         out = np.empty((len(starts), length), np.uint16)
-        for rest, at in zip(out, starts.tolist(), strict=True):
+        for rest, at in zip(out, starts, strict=True):
             while len(rest):
-                shard = bisect.bisect(self.starts, at) - 1
-                offset = at - self.starts[shard]
+                shard, offset = self.locate(at)
                 part = self.shard(shard)[offset : offset + len(rest)]
                 # A copy: as a part of the map it would keep the file open.
                 rest[: len(part)] = part
@@ -621,19 +624,12 @@ class Shards:
         return out
 
 
-def check_tokenizer(folder: Path, record: dict) -> None:
-    """UserError if the tokenizer.json in a prepared folder is not the one that encoded its shards."""
-    path = folder / "tokenizer.json"
-    if not path.exists() or sha256_file(path) != record["tokenizer"]["sha256"]:
-        raise UserError(f"{path} is not what encoded the shards: restore it, or delete {folder} and prepare it again")
-
-
-def check_shards(folder: Path, shards: list[dict]) -> None:
-    """UserError if a shard in a prepared folder is not what its entry in dataset.json says."""
-    for entry in shards:
+def check_files(folder: Path, entries: list[dict]) -> None:
+    """UserError if a file in a prepared folder is missing, or not the one that its entry in dataset.json describes."""
+    for entry in entries:
         path = folder / entry["file"]
-        if sha256_file(path) != entry["sha256"]:
-            raise UserError(f"the shard {path} has changed since it was written: delete {folder} and prepare it again")
+        if not path.exists() or sha256_file(path) != entry["sha256"]:
+            raise UserError(f"{path} is missing or has changed: restore it, or delete {folder} and prepare it again")
 
 
 # -----------------------------------------------------------------------------
@@ -712,7 +708,7 @@ class TrainingStream:
 # sources: rows in a fixed order
 
 SEPARATOR = b"<|endoftext|>"
-SEPARATORS = "in a .txt, only lines that hold <|endoftext|> alone stand between documents"
+SEPARATORS = "in a .txt, documents are separated by lines that hold only <|endoftext|>"
 
 
 @dataclasses.dataclass
@@ -826,16 +822,16 @@ COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open, ".zst": open
 
 
 def kind_of(file) -> str:
-    """The suffix that says how a file is read, in lower case, that of the compression left out."""
-    suffixes = [suffix for suffix in Path(f"{file}".lower()).suffixes if suffix not in COMPRESSED]
-    return suffixes[-1] if suffixes else ""
+    """The suffix that says how a file is read, in lower case and without the suffix of a compression."""
+    path = Path(f"{file}".lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
 def open_bytes(file):
     """A file on disk or on the hub opened for reading bytes, decompressed by its suffix."""
     import fsspec
 
-    # A path on disk may have any letters, also those that mean something in an address.
+    # The name of a file on disk may have characters that mean something in a URL.
     f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
     return COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
 
@@ -848,7 +844,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs, in its words, what it also raises
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
     datasets.config.TORCH_AVAILABLE = False  # it would import torch, which has no use here
     name, data_files = c.name, None
     folder = local(c.name).absolute()
@@ -882,7 +878,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
 
 
 def files_named(c: DatasetConfig) -> list[Path]:
-    """The files on disk that `c` names: one, a glob's, those in a folder, the standard library's. None for a hub id."""
+    """The files on disk that `c` names: one, a glob's, those in a folder, the standard library's; [] for a hub id."""
     if c.name == "python-stdlib":
         return stdlib_files()
     path = local(c.name).absolute()
@@ -910,8 +906,8 @@ def open_source(c: DatasetConfig) -> Source:
             source = open_tables(c, split, files)
     elif not files or len(kinds) > 1 or split != "train":
         raise UserError(
-            f"{c.name}: found {len(files)} files, {sorted(kinds)}; wanted are some of one kind, and split train or a "
-            f"slice of it, not {c.split}"
+            f"{c.name}: found {len(files)} files, of the kinds {sorted(kinds)}; it takes files of one kind, and the "
+            f"split train or a slice of it, not {c.split}"
         )
     else:
         source = Source(c, kinds.pop(), {str(file): file for file in files})
@@ -940,7 +936,7 @@ def stdlib_files() -> list[Path]:
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = [path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size]
     kept = [name.as_posix() for name in names if left_out.isdisjoint(name.parts)]
-    # By its hash the place of a name is random, but the same on every machine with this Python.
+    # Sorted by hash: an order that looks random, but is the same on every machine with this Python.
     return [root / name for name in sorted(kept, key=lambda name: hashlib.sha256(name.encode()).digest())]
 
 
@@ -1010,10 +1006,10 @@ def encode_rows(c: DatasetConfig, kind: str, rows):
         texts = ENCODER.decode_batch([row[row != eos].tolist() for row in parsed])
     else:
         texts = parsed
-        # Such as with a tokenizer without a token for what it does not know.
+        # A tokenizer may fail on text for which it has no token.
         with blame(f"{ENCODER.name} cannot encode {rows[0][:2]}, or a row after it"):
             ids = ENCODER.encode_batch(texts)
-        parts = itertools.chain.from_iterable(zip(ids, itertools.repeat([eos])))
+        parts = [part for document in ids for part in (document, [eos])]
     tokens = np.concatenate([[], *parts], dtype="<u2", casting="unsafe")
     return tokens, {
         "tokens": len(tokens),
@@ -1042,11 +1038,11 @@ def batches(source: Source, place=(0, 0, 0)):
 
 
 def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
-    """A pool of processes for encode_rows. Ctrl-C, which a terminal sends to them, too, is left to their parent."""
+    """A pool of processes for encode_rows. They ignore Ctrl-C, which a terminal sends to them, too."""
     # Spawned, on every platform: a fork would copy threads and locks of this process.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, spawn, begin_work, (encoder.name, encoder.json, encoder.eos_token))
-    # A new process ignores what its parent ignores. Each of these tasks starts one.
+    # A new process inherits which signals are ignored, and each of these tasks starts one process.
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     for _ in range(workers):
         pool.submit(int)
@@ -1056,13 +1052,14 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
 
 def encoded(pool, workers: int, source: Source, place):
     """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
-    task = functools.partial(pool.submit, encode_rows, source.section, source.kind)
-    tasks = ((after, task(rows)) for rows, after in batches(source, place))
     # Results come in the order of the batches, not in that in which workers finish.
-    under_way = deque(itertools.islice(tasks, 2 * workers))
-    while under_way:
-        after, future = under_way.popleft()
-        under_way.extend(itertools.islice(tasks, 1))
+    under_way = deque()
+    for rows, after in batches(source, place):
+        under_way.append((after, pool.submit(encode_rows, source.section, source.kind, rows)))
+        if len(under_way) > 2 * workers:
+            after, future = under_way.popleft()
+            yield after, future.result()
+    for after, future in under_way:
         yield after, future.result()
 
 
@@ -1075,8 +1072,7 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
 
     about = record["splits"][split]
     shards = about["shards"]
-    seconds = 1 if sys.stderr.isatty() else 30
-    with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=seconds) as bar:
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30) as bar:
         for result in results:
             path = folder / f"{split}_{len(shards):06d}.bin"
             counts = Counter()
@@ -1088,7 +1084,7 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
                     counts.update(added)
                     bar.update(len(tokens))
                     result = next(results, None) if counts["tokens"] < shard_tokens else None
-                # Only now the number of tokens is known.
+                # The number of tokens is known only now.
                 f.seek(0)
                 f.write(np.array([MAGIC, VERSION, counts["tokens"]], "<i4"))
             shards.append({"file": path.name, **counts, "sha256": sha256_file(path)})
@@ -1111,8 +1107,7 @@ def asked(c: DatasetConfig) -> dict:
 def identity(c: DatasetConfig, shard_tokens: int) -> dict:
     """What the bytes of a split depend on, as far as it can be told without reading the source."""
     about = asked(c) | {"shard_tokens": shard_tokens}
-    files = files_named(c)
-    if files:
+    if files := files_named(c):
         about["names_and_sizes"] = digest([[p.name, p.stat().st_size] for p in files])
     # A file's content may change under the same name.
     name = c.hf_tokenizer_path
@@ -1136,19 +1131,20 @@ def found_in(folder: Path, here: dict) -> dict:
     if foreign and not record:
         raise UserError(f"{foreign[0]} was not written by a preparation: choose another path")
     shards = [entry for about in record.get("splits", {}).values() for entry in about["shards"]]
-    # Nothing is lost by beginning anew, with whatever source and config there are now.
+    # No shard is finished: nothing is lost by starting again, with the source and config of now.
     if not shards:
         return {}
-    # What is gone by now, such as the source of a finished folder, is not compared.
+    # Keys that only the record has are not compared: the source of a finished folder may be gone.
     there = record["source"]
-    differ = differences(there, {split: there.get(split, {}) | about for split, about in here.items()})
-    if differ:
-        raise UserError(f"{folder} is of another config: {'; '.join(differ)}; choose another path or delete {folder}")
-    check_tokenizer(folder, record)
+    if differ := differences(there, {split: there.get(split, {}) | about for split, about in here.items()}):
+        raise UserError(
+            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path or delete {folder}"
+        )
+    check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
     if record["finished"]:
         print(f"{folder} is already prepared")
     else:
-        check_shards(folder, shards)
+        check_files(folder, shards)
     return record
 
 
@@ -1166,7 +1162,7 @@ def first_look(source: Source, vocab_size: int) -> None:
         raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
     inline = sum(text.count(SEPARATOR.decode()) for text in parsed) if source.kind == ".txt" else 0
     if inline:
-        print(f"note: in {c.name}, <|endoftext|> stands {inline:,} times beside other text; {SEPARATORS}")
+        print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
 
 
 def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard_tokens: int) -> None:
@@ -1190,7 +1186,7 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     if record.get("finished"):
         return
     if not encoder:
-        # Here, or before it was interrupted.
+        # Trained now, or by the preparation that was interrupted.
         data = (folder / "tokenizer.json").read_bytes() if record else train_bpe(sources["train"])
         encoder = json_encoder("trained here", data)
     tokenizer = {
@@ -1213,9 +1209,9 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():
-            place = tuple(record["splits"][split]["place"])
-            write_shards(folder, split, encoded(pool, workers, source, place), shard_tokens, record)
-    # The source may change from now on. How often the preparation was interrupted leaves no trace.
+            results = encoded(pool, workers, source, record["splits"][split]["place"])
+            write_shards(folder, split, results, shard_tokens, record)
+    # From now on the source may change. And the record must not depend on interruptions.
     for about in record["splits"].values():
         del about["place"]
     del record["modified"]
@@ -1226,23 +1222,20 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
 # other views of the shards
 
 
-def prepared(folder: Path, split: str, prepare: str) -> Shards:
-    """The shards of a split that were prepared here, so that it is known what encoded them. UserError for others."""
-    data = Shards(folder, split, prepare)
-    if not data.info:
-        raise UserError(f"{folder} has no dataset.json, which says what encoded its shards")
-    return data
+def verify(data: Shards) -> None:
+    """Compare the shards of a split with dataset.json; UserError names the first one that differs."""
+    check_files(data.folder, data.entries)
+    print(f"{data.folder}: {data.split} is sound, {data.n_tokens:,} tokens")
 
 
-def peek(folder: Path, split: str, n: int, prepare: str) -> None:
+def peek(data: Shards, n: int) -> None:
     """Print the first n documents of a split as a model sees them: the text of their ids."""
-    data = prepared(folder, split, prepare)
-    tok = text_tokenizer((folder / "tokenizer.json").read_bytes())
+    tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
     # The first documents are in the first tokens; the rest of a large split is not read.
     (tokens,) = data.windows([0], min(data.n_tokens, 1 << 24))
     ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:-1] + 1
     for i, ids in enumerate(np.split(tokens, ends[:n])[:n], 1):
-        print(f"--- {split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
+        print(f"--- {data.split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 
 def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> None:
@@ -1286,13 +1279,6 @@ def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> No
 # the command line
 
 
-def verify(folder: Path, split: str, prepare: str) -> None:
-    """Read again what dataset.json vouches for; UserError names the first file that is not what it was."""
-    data = Shards(folder, split, prepare)
-    check_shards(folder, data.entries)
-    print(f"{folder}: {split} is sound, {data.n_tokens:,} tokens")
-
-
 def available_cpus() -> int:
     """How many cores this process may use: its share of the machine, such as one that taskset or SLURM gave it."""
     if hasattr(os, "sched_getaffinity"):
@@ -1301,7 +1287,7 @@ def available_cpus() -> int:
 
 
 def count(text: str) -> int:
-    """A number on the command line. A shard's header counts to 2**31, and its last batch may go beyond its size."""
+    """A number on the command line, below 2**30: a header counts to 2**31, and a shard may exceed its size."""
     if int(text) in range(1, 2**30):
         return int(text)
     raise ValueError
@@ -1323,7 +1309,6 @@ def main() -> None:
     # An ASCII console shows other letters as backslash escapes.
     for stream in sys.stdout, sys.stderr:
         stream.reconfigure(errors="backslashreplace")
-    command = f"python prepare_data.py {args.config}"
     # train and val share a folder, unless their config says otherwise.
     folders = {}
     data = {}
@@ -1331,18 +1316,21 @@ def main() -> None:
         configs = dataset_configs(read_config(args.config, args.overrides))
         for split, c in configs.items():
             folders.setdefault(c.folder(), {})[split] = c
-            if args.verify:
-                verify(c.folder(), split, command)
-            if args.peek:
-                peek(c.folder(), split, args.peek, command)
-            if args.parquet:
-                data[split] = prepared(c.folder(), split, command)
+            if args.verify or args.peek or args.parquet:
+                data[split] = Shards(c.folder(), split, args.config)
+                if not data[split].info:  # nothing says what encoded the shards
+                    raise UserError(f"{c.folder()} has no dataset.json: it was not prepared here")
         for split, shards in data.items():
-            export_parquet(args.parquet.absolute() / split, shards, configs[split].n_ctx, args.documents)
-        if not args.verify and not args.peek and not args.parquet:
+            if args.verify:
+                verify(shards)
+            if args.peek:
+                peek(shards, args.peek)
+            if args.parquet:
+                export_parquet(args.parquet.absolute() / split, shards, configs[split].n_ctx, args.documents)
+        if not data:
             for folder, sections in folders.items():
                 prepare(folder, sections, args.workers, args.shard_tokens)
-    # What a user or a machine did: what is on disk is whole, and the same command goes on.
+    # A user's mistake or a fault of the machine: what is on disk is whole, and the same command resumes.
     except (UserError, OSError, ImportError) as e:
         sys.exit(f"prepare_data: {e}")
 

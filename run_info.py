@@ -30,6 +30,7 @@ from prepare_data import (
     blame,
     differences,
     hold,
+    in_short,
     load_encoder,
     local,
     read_config,
@@ -151,11 +152,6 @@ class PretrainRunInfo:
         return read_metrics(self.folder / "metrics.jsonl")
 
 
-def in_short(error: Exception) -> str:
-    """Another library's error in one line: its messages may have many."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
-
-
 def read_json(path: Path, default):
     """The value in a JSON file; `default` if there is no such file."""
     return json.loads(path.read_text()) if path.exists() else default
@@ -218,11 +214,11 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict:
     updates = 0 if c.get("seed") is None or c.get("inference_only") else c["num_iterations"]
     if not 1 <= update <= updates:
         raise UserError(
-            f"no update {update}: this run's are 1 to {updates} (none without a seed, or if inference_only)"
+            f"no update {update}: this run has updates 1 to {updates} (none without a seed, or if inference_only)"
         )
     section = validated(DatasetConfig, c["train_dataset_config"], "train_dataset_config.")
-    data = Shards(section.folder(), "train", f"python prepare_data.py {info.folder}/final_config.yaml")
-    # The shards must be those of the last start; a copy from W&B does not say which these were.
+    data = Shards(section.folder(), "train", info.folder / "final_config.yaml")
+    # The shards must be those of the last start. (A copy from W&B does not record them, and is not checked.)
     trained_on = last_start(info.folder).get("dataset_sha256")
     if trained_on and data.fingerprint()[1] not in trained_on.values():
         raise UserError(f"{data.folder} is not what this run was trained on: it was prepared again since")
@@ -291,8 +287,7 @@ def fetch(run: tuple, step: int | None, weights: bool) -> Path:
     try:
         download(name, folder, step, weights)
     finally:
-        if lock:
-            lock.release()
+        lock.release()
     return folder
 
 
@@ -303,7 +298,7 @@ def missing_files(folder: Path, listing: dict, step: int | None, weights: bool) 
     wanted = [name for name in SMALL_FILES if name in sizes]
     if weights:
         wanted.append(at_step(checkpoint_names(sizes), step))
-    # Ours came whole. Of another size are those that SPD, which reads the same folder, did not finish.
+    # A download here is whole or absent. One that SPD, which uses the same folder, did not finish differs in size.
     here = {path.name: path.stat().st_size for path in folder.glob("*")}
     return [name for name in wanted if here.get(name) != sizes[name]]
 
@@ -351,9 +346,9 @@ def receive(file, api, path: Path) -> None:
             md5.update(block)
             if f.tell() > file.size:
                 break
-        # Of old files W&B lists no md5.
+        # W&B lists no md5 for old files.
         if f.tell() != file.size or file.md5 not in (None, base64.b64encode(md5.digest()).decode()):
-            raise UserError(f"{path.name} did not come with the size and md5 that W&B lists: try again")
+            raise UserError(f"the download of {path.name} differs from W&B's listed size or md5: try again")
 
 
 # -----------------------------------------------------------------------------
@@ -459,7 +454,7 @@ def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
     ids = tok.encode(args.sample).ids or [eos]  # EOS is what stands before a document
     idx = torch.tensor([ids] * args.n)  # (n, T)
     out = info.load_model().generate(idx, SAMPLE_TOKENS, args.temperature, args.top_k, eos)
-    # Not every tokenizer leaves EOS out when it decodes. In a prompt it is text, and has other ids.
+    # Some tokenizers decode EOS to its name. (In a prompt the name is plain text, and has other ids.)
     return [tok.decode([i for i in row if i != eos]) for row in out.tolist()]
 
 
@@ -475,8 +470,8 @@ def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
             print(f"--- position {position}: window {window}, {shard} from token {offset}")
             print(tok.decode(tokens.tolist(), skip_special_tokens=False))
     elif args.sample is not None:
-        for i, text in enumerate(sample(info, args)):
-            print(f"--- sample {i + 1}\n{text}")
+        for i, text in enumerate(sample(info, args), 1):
+            print(f"--- sample {i}\n{text}")
     elif args.json:
         print(json.dumps(facts(info)))
     else:

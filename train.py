@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 import traceback
 import warnings
 import zipfile
@@ -39,7 +40,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.overrides import TorchFunctionMode
 
-from models import MODEL_CLASSES, adamw, load_file
+from models import MODEL_CLASSES, adamw, load_file, untied_weights
 from prepare_data import (
     DatasetConfig,
     Section,
@@ -51,6 +52,7 @@ from prepare_data import (
     dataset_configs,
     differences,
     hold,
+    in_short,
     load_encoder,
     local,
     read_config,
@@ -63,7 +65,6 @@ from prepare_data import (
 from run_info import (
     SAMPLE_TOKENS,
     SMALL_FILES,
-    in_short,
     out_dir,
     plot_losses,
     pretrained_model,
@@ -246,7 +247,7 @@ class Process(NamedTuple):
 
 
 def this_process(c, check: bool) -> Process:
-    """Rank and device of this process; with `check`, no device. Raises UserError for impossible ones."""
+    """Rank and device of this process; with `check`, the meta device. Raises UserError for impossible ones."""
     ranks = validated(Ranks, dict(os.environ))
     world = ranks.WORLD_SIZE
     if ranks.RANK >= world:
@@ -361,7 +362,7 @@ def keep_lines(folder: Path, lines: dict) -> None:
 # log: what a run says
 
 
-class Log:
+class Log(contextlib.AbstractContextManager):
     """Writes to the console and main.log for people, to metrics.jsonl, samples.jsonl and W&B for programs.
 
     Losses stay on the device, so that an update does not wait for them, until flush(), which comes before anything
@@ -381,9 +382,6 @@ class Log:
         for name in ("main.log", *lines) if p.rank == 0 else ():
             # Line-buffered: every complete line is in the file, however the process ends.
             self.files[name] = open(folder / name, "a", buffering=1, encoding="utf-8")
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, kind, error, trace) -> None:
         """Write the error that ended the run, whatever it was, to main.log, and set status to failed."""
@@ -422,19 +420,17 @@ class Log:
             self.wandb.save(path, base_path=path.parent, policy="now")
 
     def upload_safetensors(self, model, s: int) -> None:
-        """Send the last weights to W&B as the one safetensors by which param-decomp takes a LlamaSimpleMLP."""
+        """Send a LlamaSimpleMLP's last weights to W&B as safetensors, which param-decomp needs to load the run."""
         if not self.wandb or self.c.model.model_type != "LlamaSimpleMLP":
             return
         try:
             from safetensors.torch import save_file
 
-            # lm_head.weight is tied: it is wte.weight.
-            weights = {name: w.float() for name, w in model.state_dict().items() if name != "lm_head.weight"}
             path = Path(self.wandb.dir, f"model_step_{s}.safetensors")
-            save_file(weights, path)
+            save_file(untied_weights(model), path)
             self.upload(path)
-        except Exception as e:  # whatever it is, such as no safetensors, the run has been trained and must not fail
-            self.say(f"W&B has no safetensors of the weights ({in_short(e)})")
+        except Exception as e:  # such as safetensors missing; the training is done, and must not count as failed
+            self.say(f"no safetensors of the weights on W&B ({in_short(e)})")
 
     def say(self, text: str) -> None:
         """Print a line to the console and to main.log."""
@@ -502,10 +498,10 @@ class Log:
 
 def open_windows(c, split: str, section: DatasetConfig, config_path: str) -> TrainingStream:
     """The windows of one split. Raises UserError if there are none."""
-    data = Shards(section.folder(), split, f"python prepare_data.py {config_path}")
+    data = Shards(section.folder(), split, config_path)
     if data.info:  # shards of other projects have no dataset.json
         there, here = data.info["source"][split], asked(section)
-        if differ := differences({k: there.get(k) for k in here}, here):
+        if differ := differences(there, there | here):  # `there` has more keys, which a config does not tell
             warnings.warn(f"{data.folder} was prepared from another config: {'; '.join(differ)}", stacklevel=2)
     return TrainingStream(data, section, c.seed)
 
@@ -572,8 +568,7 @@ def make_optimizers(model, c, device: torch.device) -> list:
     optimizers = [adamw(others, c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage)]
     if matrices:
         # Its updates are scaled to the size of AdamW's, so that one learning rate fits both.
-        muon = torch.optim.Muon(matrices, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(torch.optim.Muon(matrices, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))
     return optimizers
 
 
@@ -596,13 +591,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Flops a second of the device's products of large square matrices: MFU is a fraction of it."""
     # Large enough to reach the peak, small enough to take no time.
     n = 8192 if device.type == "cuda" else 512
-    times = []
     a = torch.randn(n, n, device=device, dtype=dtype)
-    for _ in range(6):
-        began = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        times.append(time.perf_counter() - began)
-    return 2 * n**3 / min(times)
+    # .item() waits for the device.
+    seconds = timeit.repeat("(a @ a)[0, 0].item()", globals={"a": a}, number=1, repeat=6)
+    return 2 * n**3 / min(seconds)
 
 
 # -----------------------------------------------------------------------------
@@ -632,7 +624,7 @@ def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, w
     if p.rank > 0:
         return
     weights, optim = pair(log.folder, s)
-    optim.unlink(missing_ok=True)  # it is left from a corrupted state, and does not belong to the new weights
+    optim.unlink(missing_ok=True)  # one that is left from a corrupted pair does not belong to the new weights
     # On the CPU, so that machines without this device can read the file; by address, so that tied weights stay one.
     state_dict = model.state_dict()
     on_cpu = {(w.data_ptr(), w.shape): w.cpu() for w in state_dict.values()}
@@ -676,12 +668,13 @@ def delete_states(folder: Path, c, steps: list[int]) -> None:
 def load_pair(folder: Path, s: int) -> dict | None:
     """The state after s updates, its weights under "model"; None if a file is missing or cut short."""
     weights, optim = pair(folder, s)
-    if not (weights.exists() and optim.exists()):
-        return None
-    # A file that cannot be opened, unlike one that is cut short, ends the run: it may be there again tomorrow.
-    with open(weights, "rb") as f, open(optim, "rb") as g:
-        if not (zipfile.is_zipfile(f) and zipfile.is_zipfile(g)):
+    for path in weights, optim:
+        if not path.exists():
             return None
+        # A file that cannot be opened, unlike one that is cut short, ends the run: the fault may be temporary.
+        with open(path, "rb") as f:
+            if not zipfile.is_zipfile(f):
+                return None
     state = load_file(optim)
     about = json.loads(state["about"])
     if about["step"] != s or about["weights_sha256"] != sha256_file(weights):
@@ -689,7 +682,7 @@ def load_pair(folder: Path, s: int) -> dict | None:
     return state | about | {"model": load_file(weights)}
 
 
-NEW = {"step": 0, "lines": {"metrics.jsonl": 0, "samples.jsonl": 0}}  # what a run without a saved state begins with
+NEW = {"step": 0, "lines": {"metrics.jsonl": 0, "samples.jsonl": 0}}  # the state of a run that has saved none
 # What a branch must have in common with its run, as differences() writes it.
 BRANCH_SHARES = (
     "data_sha256.0 ",  # of the training data
@@ -719,8 +712,7 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
             f"branch_from {folder} has no whole state after update {c.branch_step}, only after {saved_steps(folder)}: "
             "with keep_optimizer a finished run keeps the states of its checkpoints"
         )
-    differ = [d for d in differences(state["identity"], identity) if d.startswith(BRANCH_SHARES)]
-    if differ:
+    if differ := [d for d in differences(state["identity"], identity) if d.startswith(BRANCH_SHARES)]:
         raise UserError(f"a branch must have the shapes and the order of data of {folder}: {'; '.join(differ)} differ")
     return state | {"lines": NEW["lines"]}
 

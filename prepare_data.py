@@ -10,6 +10,7 @@ on the source and the config alone. An interrupted preparation is resumed by the
 
 import argparse
 import bz2
+import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -828,12 +829,15 @@ def kind_of(file) -> str:
 
 
 def open_bytes(file):
-    """A file on disk or on the hub opened for reading bytes, decompressed by its suffix."""
+    """A file on disk or on the hub opened for reading bytes, decompressed by its suffix, after a byte order mark."""
     import fsspec
 
     # The name of a file on disk may have characters that mean something in a URL.
     f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
-    return COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
+    f = COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
+    if f.peek(3)[:3] == codecs.BOM_UTF8:
+        f.read(3)
+    return f
 
 
 def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
@@ -842,6 +846,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
 
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
+    from datasets.packaged_modules.text.text import Text
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
@@ -857,8 +862,9 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
         raise UserError(f"{name} is not a dataset but a file format of `datasets`: name the files themselves")
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
         saved = datasets.load_from_disk(name)
-        stream = (saved[split] if isinstance(saved, dict) else saved).to_iterable_dataset()
-        return Source(c, "stream", {c.name: stream})
+        if not isinstance(saved, dict):
+            saved = {"train": saved, f"{saved.split}": saved}
+        return Source(c, "stream", {c.name: saved[split].to_iterable_dataset()})
     resolve = datasets.data_files.resolve_pattern
 
     def resolve_in(pattern, base_path, **options):
@@ -867,11 +873,20 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     # It searches with the folder's name as a part of the pattern, where brackets would match other names.
     with mock.patch.object(datasets.data_files, "resolve_pattern", resolve_in):
         builder = datasets.load_dataset_builder(name, c.config_name, data_files=data_files, revision=c.revision)
-    found = tuple((builder.config.data_files or {}).get(split, ()))
+    splits = builder.config.data_files or {}
+    found = tuple(splits.get(split, ()))
     kinds = {kind_of(file) for file in found}
+    # It takes the files of one kind, the most common one, and passes over the others without a word.
+    others = {str(file) for file in files if kind_of(file) in READERS} - {*itertools.chain(*splits.values())}
+    if folder.is_dir() and others:
+        print(f"note: {len(others)} files in {folder} are in no split, such as {min(others)}")
     # `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
         return Source(c, kinds.pop(), {file: file for file in found}, found)
+    if isinstance(builder, Text):
+        raise UserError(
+            f"{c.name}: found files of the kinds {sorted(kinds)}; wanted is .txt, or .txt.gz, .xz, .bz2 or .zst"
+        )
     stream = builder.as_streaming_dataset(split)
     n = stream.num_shards
     return Source(c, "stream", {f"{c.name}, part {i}": stream.shard(n, i) for i in range(n)}, found)
@@ -946,7 +961,7 @@ def stdlib_files() -> list[Path]:
 
 def parse_row(c: DatasetConfig, kind: str, vocab_size: int, raw):
     """A row's text, or its ids (n,) if `is_tokenized`. ValueError, in words, if it has none. Null is an empty row."""
-    value = raw.decode("utf-8-sig") if isinstance(raw, bytes) else raw  # a file may begin with a byte order mark
+    value = raw.decode() if isinstance(raw, bytes) else raw
     if kind == ".jsonl":
         value = json.loads(value)
         if not isinstance(value, dict) or c.column_name not in value:
@@ -1165,21 +1180,24 @@ def first_look(source: Source, vocab_size: int) -> None:
         print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
 
 
-def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard_tokens: int) -> None:
-    """Write the tokenizer and the shards of the splits in `configs`, or resume an interrupted preparation.
-
-    dataset.json is written again after each shard. A kill leaves at most one shard that dataset.json does not list yet;
-    that shard is written again.
-    """
-    here = {split: identity(c, shard_tokens) for split, c in configs.items()}
+def open_all(folder: Path, configs: dict[str, DatasetConfig], here: dict) -> tuple | None:
+    """(sources by split, encoder or None), checked, of what is to be prepared in `folder`; None if that is finished."""
     if found_in(folder, here).get("finished"):
-        return
-    # What is wrong with the source and the tokenizer is found before anything is written.
+        return None
     sources = {split: open_source(c) for split, c in configs.items()}
     *_, c = configs.values()  # all have the same tokenizer
     encoder = load_encoder(c.hf_tokenizer_path) if c.hf_tokenizer_path else None
     for source in sources.values():
         first_look(source, encoder.vocab_size if encoder else 0)
+    return sources, encoder
+
+
+def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shard_tokens: int) -> None:
+    """Write the tokenizer and the shards of the splits in `sources`, or resume an interrupted preparation.
+
+    dataset.json is written again after each shard. A kill leaves at most one shard that dataset.json does not list yet;
+    that shard is written again. here: the identity of each split. encoder: None if one is to be trained.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = hold(folder, "preparing", wait=True)  # noqa: F841, released at the end of this function
     record = found_in(folder, here)  # again: another process may have been at work until now
@@ -1198,7 +1216,7 @@ def prepare(folder: Path, configs: dict[str, DatasetConfig], workers: int, shard
     # Shards must not mix two versions of a source, which may have the same size.
     versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
     begun = {"tokenizer": tokenizer, "modified": digest(versions)}
-    splits = {split: {"shards": [], "place": (0, 0, 0)} for split in configs}
+    splits = {split: {"shards": [], "place": (0, 0, 0)} for split in sources}
     record = record or {"source": here, **begun, "splits": splits, "finished": False}
     differ = differences(record, record | begun)
     if differ:
@@ -1233,8 +1251,9 @@ def peek(data: Shards, n: int) -> None:
     tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
     # The first documents are in the first tokens; the rest of a large split is not read.
     (tokens,) = data.windows([0], min(data.n_tokens, 1 << 24))
-    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"])[:-1] + 1
-    for i, ids in enumerate(np.split(tokens, ends[:n])[:n], 1):
+    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"]) + 1
+    documents = [ids for ids in np.split(tokens, ends[:n]) if len(ids)]
+    for i, ids in enumerate(documents[:n], 1):
         print(f"--- {data.split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 
@@ -1251,8 +1270,9 @@ def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> No
     width = n_ctx if documents else n_ctx - 1
     tokenizer = data.info["tokenizer"]
     # AutoTokenizer takes a hub id, or a folder.
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", tokenizer["name"]) and not local(tokenizer["name"]).exists()
-    name = tokenizer["name"] if is_on_hub else str(data.folder.absolute())
+    name = tokenizer["name"]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.endswith(".json") or local(name).exists():
+        name = str(data.folder.absolute())
     about = {"seq_len": width, "tokenizer_name": name}
     names = ["input_ids"]
     if documents:
@@ -1320,6 +1340,8 @@ def main() -> None:
                 data[split] = Shards(c.folder(), split, args.config)
                 if not data[split].info:  # nothing says what encoded the shards
                     raise UserError(f"{c.folder()} has no dataset.json: it was not prepared here")
+            if args.parquet:
+                TrainingStream(data[split], c, seed=0)  # raises if there is not even one window
         for split, shards in data.items():
             if args.verify:
                 verify(shards)
@@ -1327,9 +1349,17 @@ def main() -> None:
                 peek(shards, args.peek)
             if args.parquet:
                 export_parquet(args.parquet.absolute() / split, shards, configs[split].n_ctx, args.documents)
-        if not data:
-            for folder, sections in folders.items():
-                prepare(folder, sections, args.workers, args.shard_tokens)
+        if data:
+            return
+        # What is wrong with any source or tokenizer is found before anything is written.
+        work = []
+        for folder, sections in folders.items():
+            here = {split: identity(c, args.shard_tokens) for split, c in sections.items()}
+            opened = open_all(folder, sections, here)
+            if opened:
+                work.append((folder, here, *opened))
+        for about in work:
+            prepare(*about, args.workers, args.shard_tokens)
     # A user's mistake or a fault of the machine: what is on disk is whole, and the same command resumes.
     except (UserError, OSError, ImportError) as e:
         sys.exit(f"prepare_data: {e}")

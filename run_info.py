@@ -421,7 +421,7 @@ def facts(info: PretrainRunInfo) -> dict:
     config = info.config_dict
     train = config.get("train_dataset_config", {})
     val = config.get("val_dataset_config", {})
-    # param-decomp reads both sections as one, and stops where they differ in more than this.
+    # param-decomp's torch version reads both sections as one, and refuses a run where they differ in more than this.
     unlike = differences(train, val, ignored=("split", "path", "seed", "revision", "config_name"))
     status = info.folder / "status"
     picture = info.folder / "loss.png"
@@ -442,7 +442,7 @@ def facts(info: PretrainRunInfo) -> dict:
         "train_loss": summary(info.metrics, "train_loss"),
         "val_loss": summary(info.metrics, "val_loss"),
         "picture": str(picture) if picture.exists() else None,
-        "param_decomp": f"refuses it, since train and val differ: {unlike}" if unlike else "takes it",
+        "param_decomp": f"its torch version refuses it, {unlike}" if unlike else "its torch version takes it",
     }
 
 

@@ -142,6 +142,10 @@ class Config(Section):
             (muon and not hasattr(torch.optim, "Muon"), "optimizer muon needs torch 2.9 or later"),
             (has_branch == (self.branch_step is None), "branch_from and branch_step must be set together"),
             (has_branch and self.from_pretrained, "branch_from and from_pretrained both set the weights: use one"),
+            (
+                has_branch and self.inference_only,
+                "inference_only takes from_pretrained, and no branch_from",
+            ),
             ((self.branch_step or 0) >= self.num_iterations, "branch_step must be below num_iterations"),
         ):
             if is_wrong:
@@ -724,7 +728,8 @@ def restore(state: dict, model, optimizers: list, scaler) -> None:
         # The base class's method: that of ZeroRedundancyOptimizer would gather the state from all ranks.
         groups = torch.optim.Optimizer.state_dict(optimizer)["param_groups"]
         optimizer.load_state_dict(its_state | {"param_groups": groups})
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty if the state is of a run that needed no scaler: a branch may have another dtype
+        scaler.load_state_dict(state["scaler"])
 
 
 def load_pretrained(model, path: str) -> str:
@@ -827,14 +832,14 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         folder, its_start = of_rank_0
         if start != its_start:
             raise UserError(f"the ranks see different states, after updates {start} and {its_start}")
-    if p.rank == 0:
-        record_start(folder, c, p, encoder, data, config_path)
-        keep_lines(folder, state["lines"])
     model.to(p.device)
     optimizers = make_optimizers(model, c, p.device)
     scaler = torch.amp.GradScaler(p.device.type, enabled=c.dtype == "float16")
     if is_resumed:
         restore(state, model, optimizers, scaler)
+    if p.rank == 0:
+        record_start(folder, c, p, encoder, data, config_path)
+        keep_lines(folder, state["lines"])
 
     # ---- numbers of the loop
     dtype = getattr(torch, c.dtype)
@@ -863,7 +868,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         # ---- the loop: at its top, s updates are done
         s = start
         val_loss = None
-        last_state = start if is_resumed else None  # the last update after which a state was saved
+        last_state = start if saved_steps(folder) else None  # the last update after which a state was saved here
         train_batches = batches(train_windows, c, p, s + 1)
         interrupt = Interrupt()
         while True:
@@ -946,8 +951,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
 
 
 if __name__ == "__main__":
-    check = sys.argv[1:2] == ["--check"]
-    args = sys.argv[1 + check :]
+    args = [arg for arg in sys.argv[1:] if arg != "--check"]
+    check = "--check" in sys.argv
     if set(args) <= {"-h", "--help"}:  # no config is named
         print_help()
         sys.exit()

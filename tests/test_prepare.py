@@ -4,6 +4,7 @@ import bz2
 import functools
 import gzip
 import hashlib
+import io
 import json
 import lzma
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -450,6 +452,12 @@ def zst(data: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(data[:999]) + zstandard.ZstdCompressor().compress(data[999:])
 
 
+def zipped(data: bytes) -> bytes:
+    file = io.BytesIO()
+    zipfile.ZipFile(file, "w").writestr("a.txt", data)
+    return file.getvalue()
+
+
 def parquet(rows, column: str = "text", **options) -> bytes:
     """A table with this column and one of numbers; the test is skipped where nothing reads it."""
     pytest.importorskip("datasets")
@@ -488,6 +496,7 @@ PILE = jsonl(WORDS).replace(b'"id": 30,', b'"id": {"n": 30},')  # its columns ch
 SOURCES = {
     "txt ends with a separator": ({"a.txt": separated(WORDS, after="\n<|endoftext|>\n")}, "a.txt", {}, WORDS, 0),
     "txt with two together": ({"a.txt": separated(["a", "", "b", "", "", "c"])}, "a.txt", {}, ["a", "b", "c"], 3),
+    "txt with marks": ({"a.txt": separated(["\ufeffa", "\ufeffb"])}, "a.txt", {}, ["a", "\ufeffb"], 0),
     "txt with spaces around": ({"a.txt": b"a\n <|endoftext|> \nb\n\n"}, "a.txt", {}, ["a", "b\n"], 0),
     "txt with CRLF and a BOM": ({"a.txt": b"\xef\xbb\xbf" + separated(WORDS, "\r\n", "\n")}, "a.txt", {}, DOS, 0),
     "jsonl blank lines": ({"a.jsonl": b"\n" + jsonl(WORDS).replace(b"\n", b"\r\n \n")}, "a.jsonl", {}, WORDS, 0),
@@ -740,7 +749,6 @@ def ids(*rows) -> dict:
 
 # what is wrong: (files beside the good ones; arguments; words of the sentence)
 BAD = {
-    # the config
     "not YAML": ({"config.yaml": "a: [1,\nb: }"}, "", "YAML"),
     "a key twice": ({"config.yaml": "a: {b: 1, c: 2, b: 3}\n"}, "", "b twice"),
     "an alias bomb": ({"config.yaml": BOMB}, "", "aliases"),
@@ -748,12 +756,10 @@ BAD = {
     "missing key": (keys(n_ctx=None), "", f"{T}.n_ctx tokens"),
     "misspelt override": ({}, "train_dataset_confg.split=train[:1]", f"train_dataset_confg {T}"),
     "both forms": ({}, "data.x=1", "data"),
-    # splits
     "split syntax": ({}, f"{T}.split=train[5", "train[5"),
     "no such split": ({}, f"{T}.split=validation", "validation docs.jsonl"),
     "empty slice": ({}, f"{T}.split=train[5:5]", "train[5:5]"),
     "slice of one document": ({"a.txt": "all"}, f"{T}.name=a.txt {T}.split=train[5:]", "<|endoftext|>"),
-    # sources
     "broken JSON": (line(b'{"text": "a"'), "", ":5: delimiter"),
     "nested too deep": (line(b"[" * 100_000), "", ":5: recursion"),
     "missing column": ({}, f"{T}.column_name=story", "docs.jsonl:1: story id text"),
@@ -761,17 +767,18 @@ BAD = {
     "lone surrogate": (line(b'{"text": "a\\ud83d"}'), "", ":5: surrogates"),
     "only empty documents": ({"docs.jsonl": jsonl(["", None])}, "", "docs.jsonl"),
     "a cut gzip": ({"a.txt.GZ": gzip.compress(b"text" * 99)[:-9]}, f"{T}.name=a.txt.GZ", "a.txt.GZ end"),
-    "zip": ({"a.txt.zip": "text"}, f"{T}.name=a.txt.zip", "a.txt.zip"),
+    "zip": (lambda: {"a.txt.zip": zipped(b"a\n<|endoftext|>\nb")}, f"{T}.name=a.txt.zip", "a.txt.zip .xz"),
     "no file": ({}, f"{T}.name=nowhere.jsonl", "nowhere.jsonl"),
     "a glob of nothing": ({}, f"{T}.name=x*.txt", "x*.txt"),
     "two kinds": ({"s/a.txt": "a", "s/b.jsonl": "b"}, f"{T}.name=s/*", ".jsonl .txt"),
+    "another split of a saved one": (saved, f"{T}.name=b/train {T}.split=validation", "b/train validation"),
+    "a second folder's source": ({}, "val_dataset_config.path=b val_dataset_config.name=gone.jsonl", "gone.jsonl"),
     "a builder's name": ({"b/x.jsonl": jsonl(DOCS)}, f"{T}.name=json", "json format"),
     "several configs": (TWO_CONFIGS, f"{T}.name=b", "config_name one two"),
     "column of a table": ({"x.csv": "a,b\n1,2"}, f"{T}.name=x.csv", "x.csv text a, b"),
     "no such hub id": ({}, f"{T}.name=nobody/nothing", "nobody/nothing"),
     "ids beyond the vocabulary": (ids([1, 2], [3, 70_000]), "", ":2: 70000"),
     "ids that are fractions": (ids([0.5]), "", ":1: ids"),
-    # tokenizers
     "no tokenizer": ({}, f"{T}.hf_tokenizer_path=gone.json", "gone.json"),
     "broken tokenizer": ({"tiny.json": TINY[:-20]}, "", "tiny.json"),
     "tokenizer without EOS": ({"tiny.json": words_json(["a"], eos=None)}, "", "tiny.json end-of-sequence [EOS]"),
@@ -782,7 +789,6 @@ BAD = {
     "BPE of ids": (keys(hf_tokenizer_path=None, train_tokenizer_vocab_size=300, is_tokenized=True), "", "is_tokenized"),
     "no such hub tokenizer": ({}, f"{T}.hf_tokenizer_path=nobody/nothing", "nobody/nothing network tokenizer.json"),
     "no gpt2": ({}, f"{T}.hf_tokenizer_path=gpt2", "TIKTOKEN_CACHE_DIR"),
-    # folders
     "shards of another's": ({"out/x.bin": "not ours"}, "", "out/x.bin another path"),
     "path is a file": ({"taken": ""}, f"{T}.path=taken val_dataset_config.path=taken", "taken"),
 }
@@ -792,7 +798,7 @@ BAD = {
 def test_mistakes(here, kind, monkeypatch, tmp_path_factory):
     files, args, words = BAD[kind]
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path_factory.mktemp("empty")))
-    write_files(here, {"config.yaml": GOOD} | files)
+    write_files(here, {"config.yaml": GOOD} | (files() if callable(files) else files))
     before = tree(here), sorted(here.rglob("*"))
     refused(args.split(), *words.split())
     assert (tree(here), sorted(here.rglob("*"))) == before, "it wrote something"

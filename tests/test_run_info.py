@@ -213,7 +213,7 @@ def test_a_run_on_one_screen_and_for_programs(make_run, cli):
     assert found["parameters"] == total > found["in_blocks"] > 0 and found["val_loss"] == losses
     assert (found["checkpoints"], Path(found["loaded"]).name) == ([0, 2, 10], "model_step_10.pt")
     respell(folder / "final_config.yaml", val_dataset_config={"split": "test"})  # param-decomp wants more keys equal
-    assert found["param_decomp"] == "takes it" != json.loads(cli(folder, "--json")[0])["param_decomp"]
+    assert "takes" in found["param_decomp"] != json.loads(cli(folder, "--json")[0])["param_decomp"]
     # a run without all that may be missing
     for name in ("environment.json", "status", "tokenizer.json", "final_config.yaml", "loss.png", "metrics.jsonl"):
         (folder / name).unlink()

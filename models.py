@@ -328,7 +328,7 @@ class LossInPieces(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(device)
         rows = -(-N // 4)
         if not torch.compiler.is_compiling():  # the compiler unrolls this loop: few pieces
-            rows = min(rows, max(128, 2 ** (21 if device == "cpu" else 27) // V))  # a CPU's cache holds one piece
+            rows = min(rows, max(64, 2 ** (21 if device == "cpu" else 27) // V))  # a CPU's cache holds one piece
         w = weight.to(dtype)
         if device == "cuda":
             # nanoGPT pads 50257 to 50304 for the same reason: other widths miss the fast kernels of tensor cores.
@@ -347,7 +347,10 @@ class LossInPieces(torch.autograd.Function):
             d, piece = torch.func.grad_and_value(summed_loss)(logits, y)
             loss += piece
             grad_hidden.append(d @ w)
-            grad_weight += d.T @ h
+            if h.dtype == grad_weight.dtype:
+                grad_weight.addmm_(d.T, h)  # without a matrix for the product, which may be larger than the piece
+            else:
+                grad_weight += d.T @ h
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_weight[:V])
         return loss

@@ -19,18 +19,8 @@ import torch
 import yaml
 
 from models import untied_weights
-from prepare_data import (
-    TEXT_ONLY,
-    UserError,
-    differences,
-    in_short,
-    local,
-    tokenizer_config,
-    validated,
-    whole_file,
-    write_text,
-)
-from run_info import LISTING, PretrainRunInfo, read_json, wandb_run
+from prepare_data import TEXT_ONLY, UserError, differences, local, tokenizer_config, validated, whole_file, write_text
+from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
 # one spelling of all models' parameters
@@ -139,11 +129,8 @@ def hf_fields(cls, c) -> dict:
     # A merged c_attn has as many key/value heads as query heads.
     if not c.use_grouped_query_attention:
         fields["num_key_value_heads"] = c.n_head
-    return fields | {
-        "head_dim": c.n_embd // c.n_head,
-        "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base},
-    }
+    fields |= {"head_dim": c.n_embd // c.n_head, "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu"}
+    return fields | {"rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
 
 
 def from_hugging_face(cls, name: str):
@@ -171,11 +158,8 @@ def our_config(cls, given, name: str):
         raise UserError(f"{name} is Hugging Face's {given.model_type}, which is not a {cls.__name__}")
     fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if hasattr(given, theirs)}
     if given.model_type != "gpt2":
-        fields |= {
-            "rotary_dim": given.head_dim,
-            "rotary_base": given.rope_parameters["rope_theta"],
-            "n_ctx": given.max_position_embeddings,
-        }
+        fields |= {"rotary_dim": given.head_dim, "rotary_base": given.rope_parameters["rope_theta"]}
+        fields["n_ctx"] = given.max_position_embeddings
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
     wanted = hf_fields(cls, c) | {"sliding_window": None}
@@ -286,10 +270,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
     run_path = f"local/{name}" if name else own_name(info, data)
     found = wandb_run(run_path)
     if not found:
-        raise UserError(
-            f"{run_path} is not a valid name: use --as PROJECT/RUN_ID, where RUN_ID is 8 letters or digits, "
-            "or is like t-0123abcd"
-        )
+        raise UserError(f"{run_path} is not a valid name: use --as PROJECT/RUN_ID, with an id such as t-0123abcd")
 
     # Their loader takes the entry if it has a model_config.yaml and exactly one safetensors: the weights come last.
     folder = local(data_root).absolute() / "pretrain_cache" / "-".join(found[1:])

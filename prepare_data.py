@@ -853,7 +853,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     datasets.config.TORCH_AVAILABLE = False  # it would import torch, which has no use here
     name, data_files = c.name, None
     folder = local(c.name).absolute()
-    # What is on disk goes there by its path: `datasets` would take a folder called parquet for a file format.
+    # A folder is named by its whole path: `datasets` would take the name parquet for a file format.
     if folder.is_dir():
         name = str(folder)
     elif files:
@@ -870,20 +870,20 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     def resolve_in(pattern, base_path, **options):
         return resolve(pattern, glob.escape(base_path), **options)
 
-    # It searches with the folder's name as a part of the pattern, where brackets would match other names.
+    # `datasets` makes the folder's name a part of a pattern, in which brackets would match other names.
     with mock.patch.object(datasets.data_files, "resolve_pattern", resolve_in):
         builder = datasets.load_dataset_builder(name, c.config_name, data_files=data_files, revision=c.revision)
     splits = builder.config.data_files or {}
     found = tuple(splits.get(split, ()))
     kinds = {kind_of(file) for file in found}
-    # It takes the files of one kind, the most common one, and passes over the others without a word.
+    # `datasets` takes the files of the most common kind, and ignores the others without a word.
     others = {str(file) for file in files if kind_of(file) in READERS} - {*itertools.chain(*splits.values())}
     if folder.is_dir() and others:
         print(f"note: {len(others)} files in {folder} are in no split, such as {min(others)}")
-    # `datasets` would need more time and memory, and take every line of a .txt for a document.
+    # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
         return Source(c, kinds.pop(), {file: file for file in found}, found)
-    if isinstance(builder, Text):
+    if kinds and isinstance(builder, Text):
         raise UserError(
             f"{c.name}: found files of the kinds {sorted(kinds)}; wanted is .txt, or .txt.gz, .xz, .bz2 or .zst"
         )
@@ -1181,7 +1181,10 @@ def first_look(source: Source, vocab_size: int) -> None:
 
 
 def open_all(folder: Path, configs: dict[str, DatasetConfig], here: dict) -> tuple | None:
-    """(sources by split, encoder or None), checked, of what is to be prepared in `folder`; None if that is finished."""
+    """Open and check what `folder` is prepared from, and write nothing. None if it is prepared already.
+
+    Returns (source of each split, encoder), where the encoder is None if the tokenizer is to be trained.
+    """
     if found_in(folder, here).get("finished"):
         return None
     sources = {split: open_source(c) for split, c in configs.items()}
@@ -1352,14 +1355,14 @@ def main() -> None:
         if data:
             return
         # What is wrong with any source or tokenizer is found before anything is written.
-        work = []
+        jobs = []
         for folder, sections in folders.items():
             here = {split: identity(c, args.shard_tokens) for split, c in sections.items()}
             opened = open_all(folder, sections, here)
             if opened:
-                work.append((folder, here, *opened))
-        for about in work:
-            prepare(*about, args.workers, args.shard_tokens)
+                jobs.append((folder, here, *opened))
+        for folder, here, sources, encoder in jobs:
+            prepare(folder, here, sources, encoder, args.workers, args.shard_tokens)
     # A user's mistake or a fault of the machine: what is on disk is whole, and the same command resumes.
     except (UserError, OSError, ImportError) as e:
         sys.exit(f"prepare_data: {e}")

@@ -326,9 +326,10 @@ class LossInPieces(torch.autograd.Function):
         dtype = hidden.dtype
         if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-        rows = -(-N // 4)
-        if not torch.compiler.is_compiling():  # the compiler unrolls this loop: few pieces
-            rows = min(rows, max(64, 2 ** (21 if device == "cpu" else 27) // V))  # a CPU's cache holds one piece
+        if torch.compiler.is_compiling():
+            rows = -(-N // 8)  # few pieces: the compiler unrolls this loop
+        else:
+            rows = min(-(-N // 4), max(64, 2 ** (21 if device == "cpu" else 27) // V))  # a CPU's cache holds one piece
         w = weight.to(dtype)
         if device == "cuda":
             # nanoGPT pads 50257 to 50304 for the same reason: other widths miss the fast kernels of tensor cores.

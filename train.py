@@ -13,6 +13,7 @@ Throughout, c is the run's Config, p this Process, one of its ranks, and s the n
 """
 
 import contextlib
+import ctypes
 import inspect
 import json
 import math
@@ -269,6 +270,18 @@ def this_process(c, check: bool) -> Process:
     except (RuntimeError, AssertionError) as e:  # what torch raises for a device that does not exist
         raise UserError(f"device {device} does not work here: set device=cpu or fewer ranks ({in_short(e)})") from e
     return Process(ranks.RANK, world, micro, device)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed for the next update.
+
+    Otherwise an update of a CPU gives many pages back to the system, which clears them again for the next one: 7 % of
+    the quick start's time.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too
 
 
 class Interrupt:
@@ -818,6 +831,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         return 0
 
     # ---- the ranks meet; the folder says what runs
+    keep_freed_memory()
     if p.rank == 0:
         folder = folder or new_folder(parent)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)

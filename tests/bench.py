@@ -88,6 +88,7 @@ class Step:
     """One update of the model `name` of STEPS on one batch: forward, backward, clipping and fused AdamW."""
 
     def __init__(self, name: str):
+        train.keep_freed_memory()  # as a run has it
         self.kind = name.removesuffix(", compiled")
         self.c = c = train.load_config(ROOT / CONFIG).model
         c.flash_attention = self.kind != SPD

@@ -29,8 +29,8 @@ import signal
 import sys
 import sysconfig
 import threading
-import typing
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -232,25 +232,15 @@ def validated(cls, values, where: str = ""):
 
 
 def sentence(cls, error: dict) -> str:
-    """A pydantic error in one sentence that begins with the dotted key."""
-    keys = {}  # of the section in which the error lies
-    names = []
-    for part in error["loc"]:
-        # For a union of dataclasses, pydantic names the class that it chose by its model_type, which is no key.
-        union = {getattr(choice, "model_type", None): choice for choice in typing.get_args(cls)}
-        if part in union:
-            cls = union[part]
-            continue
-        keys = getattr(cls, "model_fields", None) or getattr(cls, "__dataclass_fields__", {})
-        cls = getattr(keys.get(part), "annotation", None)
-        names.append(f"{part}"[:60])
-    name = ".".join(names)
+    """A pydantic error about a `cls` in one sentence that begins with the key."""
+    name = ".".join(f"{part}"[:60] for part in error["loc"])
+    keys = getattr(cls, "model_fields", None) or cls.__dataclass_fields__
     if error["type"] in UNKNOWN_KEY:
-        near = difflib.get_close_matches(names[-1], keys, n=1, cutoff=0)
+        near = difflib.get_close_matches(name, keys, n=1, cutoff=0)
         return f"{name} is an unknown key; the nearest valid key is {near[0]}"
     # The description tells what the user has to decide on.
     if error["type"] == "missing":
-        return f"{name} is missing: {getattr(keys[part], 'description', 'it has no default')}"
+        return f"{name} is missing: {getattr(keys.get(name), 'description', 'it has no default')}"
     if error["type"] == "value_error":
         return f"{name} {error['ctx']['error']}".strip()
     return f"{name}: {error['msg']}, not {shown(error['input'])}"
@@ -384,8 +374,8 @@ class TextEncoder:
     vocab_size: int  # the greatest id + 1
     eos_token_id: int
     eos_token: str
-    encode_batch: typing.Callable  # list of texts -> list of id sequences, without any special token
-    decode_batch: typing.Callable  # list of lists of ids -> list of texts
+    encode_batch: Callable  # list of texts -> list of id sequences, without any special token
+    decode_batch: Callable  # list of lists of ids -> list of texts
 
 
 def load_encoder(name: str) -> TextEncoder:

@@ -68,7 +68,7 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def load_yaml(text: str, what: str):
+def load_yaml(text: str | bytes, what: str):
     """The value of a YAML text. UserError, which begins with `what`, if it is not YAML."""
     with blame(f"{what} is not YAML that can be read"):
         # A few aliases are convenient; many of them, nested, expand to more than any memory holds.
@@ -78,10 +78,8 @@ def load_yaml(text: str, what: str):
 
 
 def read_config(path, overrides=()) -> dict:
-    """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
-    with blame(f"cannot read the config {path}"):
-        text = local(path).read_text(encoding="utf-8")
-    config = load_yaml(text, f"the config {path}")
+    """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it is no such mapping."""
+    config = load_yaml(local(path).read_bytes(), f"the config {path}")
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
@@ -1057,15 +1055,14 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
 
 def encoded(pool, workers: int, source: Source, place):
     """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
+    read = batches(source, place)
+    tasks = ((after, pool.submit(encode_rows, source.section, source.kind, rows)) for rows, after in read)
+    under_way = deque(itertools.islice(tasks, 2 * workers))
     # Results come in the order of the batches, not in that in which workers finish.
-    under_way = deque()
-    for rows, after in batches(source, place):
-        under_way.append((after, pool.submit(encode_rows, source.section, source.kind, rows)))
-        if len(under_way) > 2 * workers:
-            after, future = under_way.popleft()
-            yield after, future.result()
-    for after, future in under_way:
+    while under_way:
+        after, future = under_way.popleft()
         yield after, future.result()
+        under_way.extend(itertools.islice(tasks, 1))
 
 
 def write_shards(folder: Path, split: str, results, shard_tokens: int, record: dict) -> None:
@@ -1170,11 +1167,12 @@ def first_look(source: Source, vocab_size: int) -> None:
         print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
 
 
-def open_all(folder: Path, configs: dict[str, DatasetConfig], here: dict) -> tuple | None:
+def open_all(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> tuple | None:
     """Open and check what `folder` is prepared from, and write nothing. None if it is prepared already.
 
-    Returns (source of each split, encoder), where the encoder is None if the tokenizer is to be trained.
+    Returns (folder, identity of each split, source of each split, encoder): the first arguments of prepare().
     """
+    here = {split: identity(c, shard_tokens) for split, c in configs.items()}
     if found_in(folder, here).get("finished"):
         return None
     sources = {split: open_source(c) for split, c in configs.items()}
@@ -1182,7 +1180,7 @@ def open_all(folder: Path, configs: dict[str, DatasetConfig], here: dict) -> tup
     encoder = load_encoder(c.hf_tokenizer_path) if c.hf_tokenizer_path else None
     for source in sources.values():
         first_look(source, encoder.vocab_size if encoder else 0)
-    return sources, encoder
+    return folder, here, sources, encoder
 
 
 def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shard_tokens: int) -> None:
@@ -1319,9 +1317,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     if args.documents and not args.parquet:
         parser.error("--documents goes with --parquet")
-    # An ASCII console shows other letters as backslash escapes.
-    for stream in sys.stdout, sys.stderr:
-        stream.reconfigure(errors="backslashreplace")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as sys.stderr: an ASCII console shows other letters as escapes
     # train and val share a folder, unless their config says otherwise.
     folders = {}
     data = {}
@@ -1345,14 +1341,9 @@ def main() -> None:
         if data:
             return
         # What is wrong with any source or tokenizer is found before anything is written.
-        jobs = []
-        for folder, sections in folders.items():
-            here = {split: identity(c, args.shard_tokens) for split, c in sections.items()}
-            opened = open_all(folder, sections, here)
-            if opened:
-                jobs.append((folder, here, *opened))
-        for folder, here, sources, encoder in jobs:
-            prepare(folder, here, sources, encoder, args.workers, args.shard_tokens)
+        jobs = [open_all(folder, sections, args.shard_tokens) for folder, sections in folders.items()]
+        for job in filter(None, jobs):
+            prepare(*job, args.workers, args.shard_tokens)
     # A user's mistake or a fault of the machine: what is on disk is whole, and the same command resumes.
     except (UserError, OSError, ImportError) as e:
         sys.exit(f"prepare_data: {e}")

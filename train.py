@@ -144,10 +144,6 @@ class Config(Section):
             (muon and not hasattr(torch.optim, "Muon"), "optimizer muon needs torch 2.9 or later"),
             (has_branch == (self.branch_step is None), "branch_from and branch_step must be set together"),
             (has_branch and self.from_pretrained, "branch_from and from_pretrained both set the weights: use one"),
-            (
-                has_branch and self.inference_only,
-                "inference_only takes from_pretrained, and no branch_from",
-            ),
             ((self.branch_step or 0) >= self.num_iterations, "branch_step must be below num_iterations"),
         ):
             if is_wrong:
@@ -869,7 +865,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     dtype = getattr(torch, c.dtype)
     autocast = torch.autocast(p.device.type, dtype, enabled=c.dtype != "float32")
     peak_rate = p.world * matrix_rate(p.device, dtype) / model.flops_per_token()
-    updates = 0 if c.inference_only else c.num_iterations
+    updates = start if c.inference_only else c.num_iterations
     n_micro = c.batch_size // (p.world * p.micro)  # forwards of a rank in an update
 
     with Log(folder, c, p, dict(state["lines"]), peak_rate) as log:

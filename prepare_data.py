@@ -215,7 +215,7 @@ def validated(cls, values, where: str = ""):
         result = adapter.validate_python(values)
     except pydantic.ValidationError as e:
         # Unknown keys first: one of them is often the missing key, misspelled.
-        first = min(e.errors(include_url=False), key=lambda error: error["type"] not in UNKNOWN_KEY)
+        first = min(e.errors(), key=lambda error: error["type"] not in UNKNOWN_KEY)
         raise UserError(where + sentence(cls, first)) from e
     # pydantic accepts true as the number 1, "yes" as true, integers of any size, and text that neither file names nor
     # JSON can hold: with NUL bytes or lone surrogates.
@@ -293,10 +293,9 @@ def two_sections(config: dict) -> dict:
     for theirs, ours in PARAM_DECOMP_KEYS.items():
         if (value := data.pop(theirs, None)) is not None:
             data[ours] = value
-    splits = data.pop("train_split", "train"), data.pop("eval_split", "val")
-    for section, split in zip(SECTIONS, splits, strict=True):
-        config[section] = data | {"split": split}
-    return config
+    train = {"split": data.pop("train_split", "train")}
+    val = {"split": data.pop("eval_split", "val")}
+    return config | {"train_dataset_config": data | train, "val_dataset_config": data | val}
 
 
 # -----------------------------------------------------------------------------

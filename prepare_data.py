@@ -325,6 +325,11 @@ def write_text(path: Path, text: str) -> None:
         f.write(text.encode())
 
 
+def write_json(path: Path, value) -> None:
+    """Write a small JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as f:
@@ -1089,7 +1094,7 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
                 f.seek(0)
                 f.write(np.array([MAGIC, VERSION, counts["tokens"]], "<i4"))
             shards.append({"file": path.name, **counts, "sha256": sha256_file(path)})
-            write_record(folder, record)
+            write_json(folder / "dataset.json", record)
     for key in "tokens", "documents", "empty_documents", "bytes":
         about[key] = sum(entry[key] for entry in shards)
     print(f"{folder}: {split} has {about['tokens']:,} tokens of {about['documents']:,} documents")
@@ -1149,11 +1154,6 @@ def found_in(folder: Path, here: dict) -> dict:
     return record
 
 
-def write_record(folder: Path, record: dict) -> None:
-    """Write dataset.json."""
-    write_text(folder / "dataset.json", json.dumps(record, indent=1) + "\n")
-
-
 def first_look(source: Source, vocab_size: int) -> None:
     """Check the first batch: a wrong column or kind of row is wrong from the start, and is found before the work."""
     c = source.section
@@ -1211,7 +1211,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     differ = differences(record, record | begun)
     if differ:
         raise UserError(f"the source or the tokenizer changed since {folder} was begun ({differ[0]}): delete {folder}")
-    write_record(folder, record)  # before all other files: it marks the folder as prepared here
+    write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
@@ -1223,7 +1223,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     for about in record["splits"].values():
         del about["place"]
     del record["modified"]
-    write_record(folder, record | {"finished": True})
+    write_json(folder / "dataset.json", record | {"finished": True})
 
 
 # -----------------------------------------------------------------------------
@@ -1281,7 +1281,7 @@ def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> No
             values = ids, ends.cumsum(axis=1) - ends
             lists = [pa.FixedSizeListArray.from_arrays(x.astype(np.int32).ravel(), width) for x in values]
             writer.write_table(pa.Table.from_arrays(lists[: len(names)], schema=schema))
-    write_text(store / "meta.json", json.dumps(about) + "\n")
+    write_json(store / "meta.json", about)
     print(f"wrote {store}: {n:,} rows of {width} tokens")
 
 

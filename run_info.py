@@ -37,7 +37,7 @@ from prepare_data import (
     text_tokenizer,
     validated,
     whole_file,
-    write_text,
+    write_json,
 )
 
 # -----------------------------------------------------------------------------
@@ -325,7 +325,7 @@ def download(name: str, folder: Path, step: int | None, weights: bool) -> None:
         print(f"downloading {known} to {folder}", file=sys.stderr)
         receive(files[known], api, folder / known)
     # The listing is written last: it stands for files that are here.
-    write_text(folder / LISTING, json.dumps(listing, indent=1) + "\n")
+    write_json(folder / LISTING, listing)
 
 
 def receive(file, api, path: Path) -> None:

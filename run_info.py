@@ -162,12 +162,15 @@ def last_start(folder: Path) -> dict:
     return read_json(folder / "environment.json", [{}])[-1]
 
 
-def checkpoint_names(names) -> dict[int, str]:
-    """Updates done -> name, for each name that is a checkpoint's, in order. A .pt wins over a .safetensors."""
+def checkpoint_names(names, kind: str = "model") -> dict[int, str]:
+    """Updates done -> name, for each name that is a checkpoint's, in order. A .pt wins over a .safetensors.
+
+    kind: "model", or "optim" for the optimizers' states.
+    """
     found = {}
     # In this order the .pt comes last of two names with the same step.
     for name in sorted(names, reverse=True):
-        if match := re.fullmatch(r"model_step_([0-9]{1,18})\.(pt|safetensors)", name):
+        if match := re.fullmatch(rf"{kind}_step_([0-9]{{1,18}})\.(pt|safetensors)", name):
             found[int(match[1])] = name
     return dict(sorted(found.items()))
 

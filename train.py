@@ -67,6 +67,7 @@ from prepare_data import (
 from run_info import (
     SAMPLE_TOKENS,
     SMALL_FILES,
+    checkpoint_names,
     out_dir,
     plot_losses,
     pretrained_model,
@@ -631,9 +632,7 @@ def pair(folder: Path, s: int) -> tuple[Path, Path]:
 
 def saved_steps(folder: Path) -> list[int]:
     """The updates whose optimizer's state is on disk, in order."""
-    # Only names with a number: a user may have put other files there.
-    names = [path.stem.removeprefix("optim_step_") for path in (folder / "checkpoints").glob("optim_step_*.pt")]
-    return sorted(int(name) for name in names if name.isdecimal())
+    return list(checkpoint_names((path.name for path in folder.glob("checkpoints/*")), "optim"))
 
 
 def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, with_optimizer: bool) -> None:

@@ -338,7 +338,7 @@ class LossInPieces(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         grad_hidden = []
         grad_weight = torch.zeros_like(w, dtype=loss.dtype)
-        for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
+        for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows)):
             logits = h @ w.T  # (rows, V), on CUDA with padding
             logits[:, V:] = float("-inf")
             if not with_gradients:  # in validation

@@ -606,7 +606,7 @@ class Shards:
         """Windows `ids` (n,) of `length` tokens each -> (n, length) uint16. One may lie in several shards."""
         starts = np.asarray(ids, np.int64) * length
         out = np.empty((len(starts), length), np.uint16)
-        for rest, at in zip(out, starts, strict=True):
+        for rest, at in zip(out, starts):
             while len(rest):
                 shard, offset = self.locate(at)
                 part = self.shard(shard)[offset : offset + len(rest)]
@@ -646,7 +646,7 @@ def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
     x, n = x.astype(np.uint64), np.uint64(n)
     rounds = 6 * max(8, int(n).bit_length())
     keys = mix(np.uint64(key) + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    for pivot, coin in zip(keys[:rounds] % n, keys[rounds:], strict=True):
+    for pivot, coin in zip(keys[:rounds] % n, keys[rounds:]):
         mirror = pivot - x
         mirror = np.minimum(mirror, mirror + n)  # pivot - x modulo n: below 0, an unsigned number is huge
         swap = mix(np.maximum(x, mirror) ^ coin) & np.uint64(1)

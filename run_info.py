@@ -469,7 +469,7 @@ def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
     """Print what was asked of one run."""
     if args.data is not None:
         tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
-        for position, window, shard, offset, tokens in zip(*seen.values(), strict=True):
+        for position, window, shard, offset, tokens in zip(*seen.values()):
             print(f"--- position {position}: window {window}, {shard} from token {offset}")
             print(tok.decode(tokens.tolist(), skip_special_tokens=False))
     elif args.sample is not None:

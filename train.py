@@ -474,10 +474,10 @@ class Log(contextlib.AbstractContextManager):
         """Write the lines of the updates since the last flush. Raises UserError if one is not finite."""
         if not self.pending:
             return
-        steps, begins, lrs, values = zip(*self.pending, strict=True)
+        steps, begins, lrs, values = zip(*self.pending)
         values = torch.stack(values).tolist()  # waits for the device
         seconds = (time.monotonic() - begins[0]) / len(values)
-        for s, lr, (loss, norm) in zip(steps, lrs, values, strict=True):
+        for s, lr, (loss, norm) in zip(steps, lrs, values):
             has_norm = math.isfinite(norm)  # float16's scaler skips an update whose norm overflows
             if not (math.isfinite(loss) and (has_norm or self.c.dtype == "float16")):
                 raise UserError(

@@ -699,7 +699,7 @@ def load_pair(folder: Path, s: int) -> dict | None:
                 return None
     state = load_file(optim)
     about = json.loads(state["about"])
-    if about["step"] != s or about["weights_sha256"] != sha256_file(weights):
+    if about["weights_sha256"] != sha256_file(weights):
         raise UserError(f"{weights} is not the file that {optim} was saved with: restore it, or delete both")
     return state | about | {"model": load_file(weights)}
 
@@ -865,7 +865,6 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     autocast = torch.autocast(p.device.type, dtype, enabled=c.dtype != "float32")
     peak_rate = p.world * matrix_rate(p.device, dtype) / model.flops_per_token()
     updates = start if c.inference_only else c.num_iterations
-    n_micro = c.batch_size // (p.world * p.micro)  # forwards of a rank in an update
 
     with Log(folder, c, p, dict(state["lines"]), peak_rate) as log:
         n_params = sum(w.numel() for w in model.parameters())
@@ -925,7 +924,9 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             # Anything random in a fork, such as dropout, is the same after an interruption.
             torch.manual_seed(hash((c.seed, s, p.rank)))  # the hash of integers is the same in every process
             loss = 0.0  # the mean over micro-batches and ranks
-            for i, ids in enumerate(next(train_batches).split(p.micro), 1):  # (micro, T + 1)
+            micro_batches = next(train_batches).split(p.micro)  # (micro, T + 1) each
+            n_micro = len(micro_batches)
+            for i, ids in enumerate(micro_batches, 1):
                 # DDP sums gradients over the ranks once an update, with the last micro-batch.
                 if p.world > 1:
                     trained.require_backward_grad_sync = i == n_micro

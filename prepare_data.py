@@ -870,7 +870,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     kinds = {kind_of(file) for file in found}
     # `datasets` takes the files of the most common kind, and ignores the others without a word.
     others = {str(file) for file in files if kind_of(file) in READERS} - {*itertools.chain(*splits.values())}
-    if folder.is_dir() and others:
+    if others:
         print(f"note: {len(others)} files in {folder} are in no split, such as {min(others)}")
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
@@ -930,11 +930,11 @@ def open_source(c: DatasetConfig) -> Source:
 
 def row_range(bounds: list[str], total: int) -> tuple[int, int]:
     """(first row, row after the last) of bounds such as "5%" or "", rounded and clipped as Hugging Face's."""
-    numbers = [int(b.rstrip("%")) if b else None for b in bounds]
-    # If one is a percentage, both are.
-    if "%" in "".join(bounds):
-        numbers = [n if n is None else round(n * total / 100) for n in numbers]
-    return slice(*numbers).indices(total)[:2]
+    rows = []
+    for bound in bounds:
+        number = int(bound.rstrip("%")) if bound else None
+        rows.append(round(number * total / 100) if "%" in bound else number)
+    return slice(*rows).indices(total)[:2]
 
 
 def stdlib_files() -> list[Path]:

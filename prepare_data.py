@@ -10,7 +10,6 @@ on the source and the config alone. An interrupted preparation is resumed by the
 
 import argparse
 import bz2
-import codecs
 import contextlib
 import dataclasses
 import difflib
@@ -27,7 +26,6 @@ import os
 import re
 import signal
 import sys
-import sysconfig
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
@@ -827,7 +825,7 @@ def open_bytes(file):
     # The name of a file on disk may have characters that mean something in a URL.
     f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
     f = COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
-    if f.peek(3)[:3] == codecs.BOM_UTF8:
+    if f.peek(3)[:3] == b"\xef\xbb\xbf":
         f.read(3)
     return f
 
@@ -869,7 +867,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     found = tuple(splits.get(split, ()))
     kinds = {kind_of(file) for file in found}
     # `datasets` takes the files of the most common kind, and ignores the others without a word.
-    others = {str(file) for file in files if kind_of(file) in READERS} - {*itertools.chain(*splits.values())}
+    others = {str(file) for file in files if kind_of(file) in READERS}.difference(*splits.values())
     if others:
         print(f"note: {len(others)} files in {folder} are in no split, such as {min(others)}")
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
@@ -939,7 +937,7 @@ def row_range(bounds: list[str], total: int) -> tuple[int, int]:
 
 def stdlib_files() -> list[Path]:
     """The interpreter's own library, tests left out, in an order that makes the end as fair a sample as the start."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    root = Path(os.__file__).parent
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     names = [path.relative_to(root) for path in root.rglob("*.py") if path.stat().st_size]
     kept = [name.as_posix() for name in names if left_out.isdisjoint(name.parts)]

@@ -32,6 +32,7 @@ from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union
+from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +40,6 @@ import torch.distributed as dist
 import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.overrides import TorchFunctionMode
 
 from models import MODEL_CLASSES, adamw, load_file, untied_weights
 from prepare_data import (
@@ -574,16 +574,6 @@ def batches(stream: TrainingStream, c, p, s: int):
 # optimizers
 
 
-class Float32ForBfloat16(TorchFunctionMode):
-    """Within it x.bfloat16() is x.float().
-
-    Muon orthogonalizes in bfloat16, which takes 17 times as long as float32 on a CPU without instructions for it.
-    """
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return (torch.Tensor.float if func is torch.Tensor.bfloat16 else func)(*args, **(kwargs or {}))
-
-
 def make_optimizers(model, c, device: torch.device) -> list:
     """[AdamW], or [AdamW, Muon for the matrices inside blocks]."""
     # Not the embeddings, which AdamW trains better.
@@ -601,7 +591,9 @@ def apply_update(optimizers: list, scaler, model, lr: float, c):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-    with Float32ForBfloat16() if norm.device.type == "cpu" else contextlib.nullcontext():
+    # Muon orthogonalizes in bfloat16, which takes 17 times as long as float32 on a CPU without instructions for it.
+    precision = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)
+    with precision if norm.device.type == "cpu" else contextlib.nullcontext():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr

@@ -335,10 +335,10 @@ def sha256_file(path: Path) -> str:
 
 
 def hold(folder: Path, doing: str, wait: bool = False):
-    """Hold `folder` for this process until the returned lock is released or the process ends.
+    """Hold `folder` for this process until the `with` block of the result, or the process, ends.
 
-    If another process holds it, raises UserError, or waits if `wait`. Where the file system has no locks, the returned
-    lock holds nothing. The lock file is never deleted: otherwise two processes could each lock a file of this name.
+    If another process holds it, raises UserError, or waits if `wait`. Where the file system has no locks, the result
+    holds nothing. The lock file is never deleted: otherwise two processes could each lock a file of this name.
     """
     import filelock
 
@@ -346,16 +346,16 @@ def hold(folder: Path, doing: str, wait: bool = False):
     lock = filelock.FileLock(folder / ".lock")
     busy = f"another process is {doing} {folder}"
     try:
-        lock.acquire(timeout=0)
+        return lock.acquire(timeout=0)
     except filelock.Timeout as e:
         if not wait:
             raise UserError(f"{busy}: wait until it ends, or choose another folder") from e
         # Say what this process waits for.
         print(f"{busy}: waiting for it", file=sys.stderr)
-        lock.acquire()
+        return lock.acquire()
     except (OSError, NotImplementedError):
-        pass  # Lustre without its flock option, FUSE and NFS without a lock service: nothing can be held there
-    return lock
+        # Lustre without its flock option, FUSE and NFS without a lock service: nothing can be held there.
+        return contextlib.nullcontext()
 
 
 # -----------------------------------------------------------------------------

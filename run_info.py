@@ -286,11 +286,8 @@ def fetch(run: tuple, step: int | None, weights: bool) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes of one job may ask at once: those that waited find all files downloaded.
-    lock = hold(folder, "downloading to", wait=True)
-    try:
+    with hold(folder, "downloading to", wait=True):
         download(name, folder, step, weights)
-    finally:
-        lock.release()
     return folder
 
 

@@ -639,11 +639,11 @@ def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, w
         return
     weights, optim = pair(log.folder, s)
     optim.unlink(missing_ok=True)  # one that is left from a corrupted pair does not belong to the new weights
-    # On the CPU, so that machines without this device can read the file; by address, so that tied weights stay one.
-    state_dict = model.state_dict()
-    on_cpu = {(w.data_ptr(), w.shape): w.cpu() for w in state_dict.values()}
+    # On the CPU, so that machines without this device can read the file; by parameter, so that tied weights stay one.
+    state_dict = model.state_dict(keep_vars=True)
+    on_cpu = {w: w.detach().cpu() for w in state_dict.values()}
     with whole_file(weights) as f:
-        torch.save({name: on_cpu[w.data_ptr(), w.shape] for name, w in state_dict.items()}, f)
+        torch.save({name: on_cpu[w] for name, w in state_dict.items()}, f)
     if is_checkpoint(s, log.c):
         log.upload(weights)
     if not with_optimizer:

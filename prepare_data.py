@@ -155,7 +155,7 @@ def differences(there: dict, here: dict, ignored=()) -> list[str]:
 class Section(pydantic.BaseModel):
     """A section of the YAML. Its fields are the keys; unknown keys, infinities and NaN are refused."""
 
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatasetConfig(Section):

@@ -600,7 +600,7 @@ def apply_update(optimizers: list, scaler, model, lr: float, c):
             scaler.step(optimizer)
     model.zero_grad()
     scaler.update()
-    return norm.detach()
+    return norm
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1063,8 +1063,8 @@ def encoded(pool, workers: int, source: Source, place):
     # Results come in the order of the batches, not in that in which workers finish.
     while under_way:
         after, future = under_way.popleft()
-        yield after, future.result()
         under_way.extend(itertools.islice(tasks, 1))
+        yield after, future.result()
 
 
 def write_shards(folder: Path, split: str, results, shard_tokens: int, record: dict) -> None:

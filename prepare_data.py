@@ -869,7 +869,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     # `datasets` takes the files of the most common kind, and ignores the others without a word.
     others = {str(file) for file in files if kind_of(file) in READERS}.difference(*splits.values())
     if others:
-        print(f"note: {len(others)} files in {folder} are in no split, such as {min(others)}")
+        print(f"note: {len(others)} files are in no split, such as {min(others)}")
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
         return Source(c, kinds.pop(), {file: file for file in found}, found)
@@ -1142,7 +1142,7 @@ def found_in(folder: Path, here: dict) -> dict:
     there = record["source"]
     if differ := differences(there, {split: there.get(split, {}) | about for split, about in here.items()}):
         raise UserError(
-            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path or delete {folder}"
+            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path, or delete it"
         )
     check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
     if record["finished"]:
@@ -1208,7 +1208,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     record = record or {"source": here, **begun, "splits": splits, "finished": False}
     differ = differences(record, record | begun)
     if differ:
-        raise UserError(f"the source or the tokenizer changed since {folder} was begun ({differ[0]}): delete {folder}")
+        raise UserError(f"the source or the tokenizer changed meanwhile ({differ[0]}): delete {folder}")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)

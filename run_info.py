@@ -278,7 +278,7 @@ def fetch(run: tuple, step: int | None, weights: bool) -> Path:
     folder = out_dir() / "pretrain_cache" / "-".join(run[1:])
     listing = read_json(folder / LISTING, {"run": name, "state": None, "files": {}})
     if listing["run"] != name:
-        raise UserError(f"{folder} holds another run, {listing['run']}: move it away to read {name}")
+        raise UserError(f"{folder} holds another run, {listing['run']}: move it away")
     # A run that is not finished may have newer checkpoints by now; one that is named does not change.
     is_final = listing["state"] == "finished" or step in checkpoint_names(listing["files"])
     if is_final and not missing_files(folder, listing, step, weights):

@@ -538,7 +538,7 @@ def tokenizer_of(c, train: Shards, val: Shards) -> TextEncoder:
     encoder = load_encoder(name)
     # Shards of other projects do not say which tokenizer made them.
     if len({shards.info["tokenizer"]["sha256"] for shards in (train, val) if shards.info}) > 1:
-        raise UserError(f"{train.folder} and {val.folder} have different tokenizers: prepare both with one")
+        raise UserError("the train and val data have different tokenizers: prepare both with one")
     if encoder.vocab_size > c.model.vocab_size:
         raise UserError(f"model.vocab_size must be at least {encoder.vocab_size}, the number of ids of {name}")
     return encoder
@@ -727,7 +727,7 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
             "with keep_optimizer a finished run keeps the states of its checkpoints"
         )
     if differ := [d for d in differences(state["identity"], identity) if d.startswith(BRANCH_SHARES)]:
-        raise UserError(f"a branch must have the shapes and the order of data of {folder}: {'; '.join(differ)} differ")
+        raise UserError(f"a branch must have branch_from's shapes and order of data: {'; '.join(differ)} differ")
     return state | {"lines": NEW["lines"]}
 
 

@@ -691,7 +691,7 @@ def load_pair(folder: Path, s: int) -> dict | None:
                 return None
     state = load_file(optim)
     about = json.loads(state["about"])
-    if about["weights_sha256"] != sha256_file(weights):
+    if about["step"] != s or about["weights_sha256"] != sha256_file(weights):
         raise UserError(f"{weights} is not the file that {optim} was saved with: restore it, or delete both")
     return state | about | {"model": load_file(weights)}
 

@@ -240,7 +240,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        h = x.float()  # the square overflows in float16 and loses digits in bfloat16
+        # The square overflows in float16 and loses digits in bfloat16.
+        h = x.to(torch.promote_types(x.dtype, torch.float32))
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
@@ -391,7 +392,8 @@ class LanguageModel(nn.Module):
     def draw_weights(self, rng: torch.Generator) -> None:
         """N(0, 0.02), less for a projection that writes to the residual stream; biases 0."""
         for module in self.modules():
-            if module is self.lm_head or not isinstance(module, (nn.Linear, nn.Embedding)):
+            is_drawn = module is self.lm_head and self.is_tied()
+            if is_drawn or not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue
             std = 0.02
             if hasattr(module, "writes_residual"):
@@ -453,13 +455,15 @@ class LanguageModel(nn.Module):
             return self.lm_head(x), None
         targets = targets.reshape(-1).long()  # (B * T,)
         n_targets = (targets != -1).sum()
-        # The pieces use only lm_head's weight, so a replaced lm_head gets all rows at once.
+        # Training takes the pieces, which use only lm_head's weight. To change the logits, as by a soft cap, replace
+        # lm_head by a subclass of nn.Linear: it gets all rows at once.
         if not return_logits and type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
+            logits = None
             loss = LossInPieces.apply(x.flatten(0, -2), self.lm_head.weight, targets, torch.is_grad_enabled())
-            return None, loss / n_targets
-        logits = self.lm_head(x)  # (B, T, V)
-        loss = summed_loss(logits.flatten(0, -2), targets) / n_targets
-        return (logits if return_logits else None), loss
+        else:
+            logits = self.lm_head(x)  # (B, T, V)
+            loss = summed_loss(logits.flatten(0, -2), targets)
+        return (logits if return_logits else None), loss / n_targets
 
     @torch.no_grad()
     def generate(self, idx, max_new_tokens: int, temperature: float = 1.0, top_k=None, eos_token_id=None):
@@ -518,7 +522,7 @@ class LanguageModel(nn.Module):
             if not key.endswith((".attn.bias", ".rotary_sin", ".rotary_cos")):
                 state[key.replace("_orig_mod.", "").removeprefix("module.")] = tensor
         if checkpoint.suffix == ".safetensors":  # param-decomp's files hold the tied weight once
-            state["lm_head.weight"] = state["wte.weight"]
+            state.setdefault("lm_head.weight", state["wte.weight"])
         model.load_state_dict(state)
         model.eval()
         compare_with_check(model, checkpoint)
@@ -536,7 +540,8 @@ class LanguageModel(nn.Module):
 
 def untied_weights(model) -> dict:
     """The weights as param-decomp's safetensors hold them: float32, and the tied weight once, as wte.weight."""
-    return {name: w.float().contiguous() for name, w in model.state_dict().items() if name != "lm_head.weight"}
+    twice = "lm_head.weight" if model.is_tied() else None
+    return {name: w.float().contiguous() for name, w in model.state_dict().items() if name != twice}
 
 
 def load_file(path):
@@ -578,6 +583,7 @@ def adamw(params, weight_decay, learning_rate, betas, device_type, zero_stage: i
     if zero_stage not in (0, 1):
         raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
     params = [p for p in params if p.requires_grad]
+    # train.py sets the learning rate of all groups alike, before each update.
     groups = [
         {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},

@@ -251,7 +251,7 @@ def dataset_configs(raw: dict) -> dict:
     for key in raw.keys() - SECTIONS:
         if near := difflib.get_close_matches(f"{key}", SECTIONS, cutoff=0.8):
             raise UserError(f"{key} is an unknown key; the nearest valid key is {near[0]}")
-    train, val = (validated(DatasetConfig, raw.get(name), f"{name}.") for name in SECTIONS)
+    train, val = (validated(DatasetConfig, raw.get(name, {}), f"{name}.") for name in SECTIONS)
     taken = {}
     if not val.hf_tokenizer_path and not val.train_tokenizer_vocab_size:
         taken = train.model_dump(include={"hf_tokenizer_path", "train_tokenizer_vocab_size"})
@@ -686,6 +686,10 @@ class TrainingStream:
                 "prepare more text, or set a smaller n_ctx"
             )
 
+    def positions(self, update: int, batch_size: int) -> np.ndarray:
+        """The positions (batch_size,) in the stream that update 1, 2, ... reads."""
+        return np.arange((update - 1) * batch_size, update * batch_size)
+
     def window(self, positions) -> np.ndarray:
         """The windows at `positions` (n,) of the stream -> (n,) int64."""
         return window_order(positions, self.n_windows, self.seed, self.shuffle_each_epoch)
@@ -702,6 +706,9 @@ SEPARATOR = b"<|endoftext|>"
 SEPARATORS = "in a .txt, documents are separated by lines that hold only <|endoftext|>"
 
 
+START = (0, 0, 0)  # the place before the first row
+
+
 @dataclasses.dataclass
 class Source:
     """The rows of one split of a dataset, in a fixed order that can be resumed at any place.
@@ -716,7 +723,7 @@ class Source:
     start: int = 0  # the first row of the split, and the one after its last
     stop: int = sys.maxsize
 
-    def rows(self, place=(0, 0, 0)):
+    def rows(self, place=START):
         """Yield (place, (name of the part, number, raw)) of each row of the split after `place`."""
         read, first, last = place
         for i, (name, part) in enumerate(self.parts.items()):
@@ -1024,7 +1031,7 @@ def encode_rows(c: DatasetConfig, kind: str, rows):
     }
 
 
-def batches(source: Source, place=(0, 0, 0)):
+def batches(source: Source, place=START):
     """Yield ([(name, number, raw), ...], place after them) of the rows of a split after `place`.
 
     A batch ends by its rows alone, so that shards do not depend on the number of workers.
@@ -1083,7 +1090,7 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
             with whole_file(path) as f:
                 f.write(bytes(HEADER_BYTES))
                 while result:
-                    about["place"], (tokens, added) = result
+                    place, (tokens, added) = result
                     f.write(tokens)
                     counts.update(added)
                     bar.update(len(tokens))
@@ -1091,7 +1098,7 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
                 # The number of tokens is known only now.
                 f.seek(0)
                 f.write(np.array([MAGIC, VERSION, counts["tokens"]], "<i4"))
-            shards.append({"file": path.name, **counts, "sha256": sha256_file(path)})
+            shards.append({"file": path.name, **counts, "place": place, "sha256": sha256_file(path)})
             write_json(folder / "dataset.json", record)
     for key in "tokens", "documents", "empty_documents", "bytes":
         about[key] = sum(entry[key] for entry in shards)
@@ -1204,7 +1211,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     # Shards must not mix two versions of a source, which may have the same size.
     versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
     begun = {"tokenizer": tokenizer, "modified": digest(versions)}
-    splits = {split: {"shards": [], "place": (0, 0, 0)} for split in sources}
+    splits = {split: {"shards": []} for split in sources}
     record = record or {"source": here, **begun, "splits": splits, "finished": False}
     differ = differences(record, record | begun)
     if differ:
@@ -1215,12 +1222,10 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():
-            results = encoded(pool, workers, source, record["splits"][split]["place"])
+            shards = record["splits"][split]["shards"]
+            results = encoded(pool, workers, source, shards[-1]["place"] if shards else START)
             write_shards(folder, split, results, shard_tokens, record)
-    # From now on the source may change. And the record must not depend on interruptions.
-    for about in record["splits"].values():
-        del about["place"]
-    del record["modified"]
+    del record["modified"]  # from now on the source may change
     write_json(folder / "dataset.json", record | {"finished": True})
 
 

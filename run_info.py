@@ -228,7 +228,7 @@ def data_of_update(info: PretrainRunInfo, update: int) -> dict:
 
     # Where training computes the window of a position, too.
     stream = TrainingStream(data, section, c["seed"])
-    position = np.arange((update - 1) * c["batch_size"], update * c["batch_size"])  # (B,)
+    position = stream.positions(update, c["batch_size"])  # (B,)
     window = stream.window(position)
     shard, offset = data.locate(window * section.n_ctx)
     return {
@@ -451,6 +451,7 @@ def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
     import torch
 
     tok, eos = info.load_tokenizer(), info.eos_token_id
+    args.sample.encode()  # raises ValueError for bytes that are no text
     ids = tok.encode(args.sample).ids or [eos]  # EOS is what stands before a document
     idx = torch.tensor([ids] * args.n)  # (n, T)
     out = info.load_model().generate(idx, SAMPLE_TOKENS, args.temperature, args.top_k, eos)
@@ -490,7 +491,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="of the samples; 0 is greedy (default: 0.8)")
     parser.add_argument("--top-k", type=int, help="sample from the k likeliest tokens (default: all)")
     instead.add_argument("--data", type=int, metavar="N", help="print what update N was trained on")
-    instead.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses of the runs into one picture")
+    instead.add_argument("--plot", type=local, metavar="FILE.png", help="draw the losses of the runs into one picture")
     args = parser.parse_args()
     if args.sample is None and (args.n, args.temperature, args.top_k) != (1, 0.8, None):
         parser.error("--n, --temperature and --top-k go with --sample")

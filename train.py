@@ -107,7 +107,7 @@ class Config(Section):
     warmup_iters: NonNegativeInt = Field(description="updates of linear warm-up; a cosine follows")
     learning_rate_decay_frac: float = Field(ge=0, le=1, description="the last update's rate as a fraction of the peak")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's, from 0 to below 1")
-    weight_decay: float = Field(ge=0, description="on tensors of two dimensions and more")
+    weight_decay: float = Field(ge=0, le=1e6, description="on tensors of two dimensions and more")
     grad_clip: float | None = Field(gt=0, description="largest gradient norm; null: no clipping")
     zero_stage: Literal[0, 1] = Field(0, description="1 shards AdamW's state over the ranks")
 
@@ -212,7 +212,7 @@ def print_help() -> None:
 def learning_rate_at(s: int, c) -> float:
     """The learning rate of update s = 1, 2, ..., num_iterations."""
     # 0.005 was the best of 0.002, 0.003, 0.005 and 0.008: docs/PERFORMANCE.md
-    peak = c.learning_rate if c.optimizer == "adamw" else c.muon_learning_rate or 0.005
+    peak = (c.muon_learning_rate or 0.005) if c.optimizer == "muon" else c.learning_rate
     # linear warm-up
     if s <= c.warmup_iters:
         return peak * s / c.warmup_iters
@@ -249,6 +249,10 @@ class Ranks(Section, extra="ignore"):
     WORLD_SIZE: PositiveInt = 1
 
 
+class DeviceError(UserError):
+    """This rank has no device. Other ranks may have theirs."""
+
+
 class Process(NamedTuple):
     """One of `world` processes that train together."""
 
@@ -275,7 +279,7 @@ def this_process(c, check: bool) -> Process:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as e:  # what torch raises for a device that does not exist
-        raise UserError(f"device {device} does not work here: set device=cpu or fewer ranks ({in_short(e)})") from e
+        raise DeviceError(f"device {device} does not work here: set device=cpu or fewer ranks ({in_short(e)})") from e
     return Process(ranks.RANK, world, micro, device)
 
 
@@ -346,8 +350,9 @@ def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_pa
     here, code = Path(__file__).resolve().parent, folder.resolve() / "code"
     if here != code:  # slurm_submit.sh has copied them already
         code.mkdir(exist_ok=True)
-        for path in (*here.glob("*.py"), *here.glob("*.sh"), Path(config_path)):
-            shutil.copy(path, code)
+        for path in (*here.glob("*.py"), *here.glob("*.sh"), local(config_path)):
+            if path.resolve().parent != code:  # the config may be the copy
+                shutil.copy(path, code)
         # The shell fails quietly where there is no git, and then there is no commit.
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
         write_text(code / "git_commit", git.stdout)
@@ -478,7 +483,7 @@ class Log(contextlib.AbstractContextManager):
         values = torch.stack(values).tolist()  # waits for the device
         seconds = (time.monotonic() - begins[0]) / len(values)
         for s, lr, (loss, norm) in zip(steps, lrs, values):
-            has_norm = math.isfinite(norm)  # float16's scaler skips an update whose norm overflows
+            has_norm = math.isfinite(norm)  # with float16, apply_update skips an update whose norm overflows
             if not (math.isfinite(loss) and (has_norm or self.c.dtype == "float16")):
                 raise UserError(
                     f"update {s} has loss {loss} and gradient norm {norm}, and nothing after it was saved: try a lower "
@@ -556,10 +561,11 @@ def to_tensor(windows: np.ndarray, c, p) -> torch.Tensor:
 
 def batches(stream: TrainingStream, c, p, s: int):
     """Yield this rank's windows (batch_size / world, T + 1) of updates s, s + 1, ..., each read one update ahead."""
-    mine = np.arange(c.batch_size).reshape(p.world, -1)[p.rank]  # (batch_size / world,)
 
     def read(s: int):
-        return to_tensor(stream.read((s - 1) * c.batch_size + mine), c, p)
+        # In a thread, where nothing may draw random numbers: those of the loop are seeded.
+        mine = stream.positions(s, c.batch_size).reshape(p.world, -1)[p.rank]  # (batch_size / world,)
+        return to_tensor(stream.read(mine), c, p)
 
     with ThreadPoolExecutor(1) as reader:
         ahead = reader.submit(read, s)
@@ -591,13 +597,16 @@ def apply_update(optimizers: list, scaler, model, lr: float, c):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
+    # An update whose float16 gradients overflow is skipped, as a whole: the scaler would skip one optimizer alone.
+    if scaler.is_enabled() and not norm.isfinite():
+        optimizers = []
     # Muon orthogonalizes in bfloat16, which takes 17 times as long as float32 on a CPU without instructions for it.
     precision = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)
     with precision if norm.device.type == "cpu" else contextlib.nullcontext():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            scaler.step(optimizer)
+            optimizer.step()
     model.zero_grad()
     scaler.update()
     return norm
@@ -726,7 +735,8 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
             f"branch_from {folder} has no whole state after update {c.branch_step}, only after {saved_steps(folder)}: "
             "with keep_optimizer a finished run keeps the states of its checkpoints"
         )
-    if differ := [d for d in differences(state["identity"], identity) if d.startswith(BRANCH_SHARES)]:
+    differ = differences(state["identity"], identity, ("model.flash_attention", "model.rotary_dim"))
+    if differ := [d for d in differ if d.startswith(BRANCH_SHARES)]:
         raise UserError(f"a branch must have branch_from's shapes and order of data: {'; '.join(differ)} differ")
     return state | {"lines": NEW["lines"]}
 
@@ -779,7 +789,10 @@ def validate(model, stream: TrainingStream, c, p, autocast, interrupt: Interrupt
             total += len(mine) * loss
     if p.world > 1:
         dist.all_reduce(total)
-    return (total / n).item()
+    loss = (total / n).item()
+    if not math.isfinite(loss):
+        raise UserError(f"the validation loss is {loss}: try a lower learning rate")
+    return loss
 
 
 def sample(model, encoder: TextEncoder, seed: int, autocast) -> str:
@@ -816,6 +829,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     encoder = tokenizer_of(c, train_windows.data, val_windows.data)
     data = dict([train_windows.data.fingerprint(), val_windows.data.fingerprint()])  # name -> sha256
     identity = state_config(c) | {"data_sha256": list(data.values())}  # what the run's states depend on
+    torch.manual_seed(c.init_seed)  # for what a fork adds and draw_weights does not draw
     model = MODEL_CLASSES[c.model.model_type](c.model, init_seed=c.init_seed)
     state = load_state(c, folder, identity)
     is_resumed = state is not NEW
@@ -893,6 +907,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             if stopping:
                 break
             model.eval()
+            torch.manual_seed(hash((c.seed, s)))  # as below, for an evaluation that draws
             if due(s, c.val_loss_every, updates):
                 log.flush()
                 val_loss = validate(compiled, val_windows, c, p, autocast, interrupt)
@@ -967,7 +982,7 @@ if __name__ == "__main__":
     check = "--check" in sys.argv
     if set(args) <= {"-h", "--help"}:  # no config is named
         print_help()
-        sys.exit()
+        sys.exit(0 if args else 2)  # such as in `train.py $CONFIG && ...` where CONFIG is empty
     reports = os.environ.get("LOCAL_RANK", "0") == "0"  # all ranks of a node find the same mistake: one reports it
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"
     if not reports:
@@ -977,7 +992,7 @@ if __name__ == "__main__":
     try:
         code = main(args[0], args[1:], check)
     except (UserError, OSError) as e:
-        if reports or dist.is_initialized():
+        if reports or dist.is_initialized() or isinstance(e, DeviceError):
             print(f"train: {e}", file=sys.stderr)
     except BaseException:  # with several ranks, none may wait for the others in the interpreter's clean-up
         traceback.print_exc()

@@ -272,7 +272,6 @@ def test_param_decomp_gets_the_weights_and_the_shape(tmp_path):
     assert shape == dataclasses.asdict(model.config) | {"rotary_dim": 8}
     assert_same(logits(PretrainRunInfo.from_path(entry).load_model(), tokens()), logits(model, tokens()))
     assert json.loads((entry / "check.json").read_text()) == json.loads((folder / "check.json").read_text())
-    # the default name: one made from the weights, or else the W&B run's
     for more in ({}, {"wandb_run_id": "abcd1234"}):
         write_files(folder, more)
         export_param_decomp(PretrainRunInfo.from_path(folder), tmp_path / "root", None)

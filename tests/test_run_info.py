@@ -214,7 +214,6 @@ def test_a_run_on_one_screen_and_for_programs(make_run, cli):
     assert (found["checkpoints"], Path(found["loaded"]).name) == ([0, 2, 10], "model_step_10.pt")
     respell(folder / "final_config.yaml", val_dataset_config={"split": "test"})  # param-decomp wants more keys equal
     assert "takes" in found["param_decomp"] != json.loads(cli(folder, "--json")[0])["param_decomp"]
-    # a run without all that may be missing
     for name in ("environment.json", "status", "tokenizer.json", "final_config.yaml", "loss.png", "metrics.jsonl"):
         (folder / name).unlink()
     shutil.rmtree(folder / "checkpoints")
@@ -234,7 +233,6 @@ def test_samples(make_run, cli):
 
 
 def test_consoles(run_with_data):
-    """One that knows ASCII alone, and a notebook's (its backend for plots is not installed)."""
     folder, _ = run_with_data
     for args in (["--data", "14"], ["--sample", "déjà 🙂"], ["--plot", folder / "déjà.png"]):
         done = run("run_info.py", folder, *args, env={"PYTHONIOENCODING": "ascii", "MPLBACKEND": "module://nonsense"})

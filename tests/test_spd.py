@@ -41,7 +41,6 @@ torch.save(out[int(config["pretrained_model_output_attr"].split("_")[1])], "logi
 
 
 def test_a_run_is_what_spd_decomposes(tmp_path):
-    """By the name of its class, from another folder."""
     model = random_model("LlamaSimpleMLP")
     folder = write_run(tmp_path / "run", model)
     keys = {"pretrained_model_class": "models.LlamaSimpleMLP", "pretrained_model_output_attr": "idx_0"}

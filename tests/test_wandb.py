@@ -176,7 +176,6 @@ TROUBLE = {  # faults of the checkpoint or of questions, what its listing says, 
 
 @pytest.mark.parametrize("what", TROUBLE)
 def test_trouble_is_one_sentence(put, server, copy, what):
-    """Nothing is there by half, and the same command goes on afterwards."""
     remote = put()
     server.faults, says, env, word = TROUBLE[what]
     remote.says = {"model_step_10.pt": says}

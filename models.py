@@ -392,8 +392,8 @@ class LanguageModel(nn.Module):
     def draw_weights(self, rng: torch.Generator) -> None:
         """N(0, 0.02), less for a projection that writes to the residual stream; biases 0."""
         for module in self.modules():
-            is_drawn = module is self.lm_head and self.is_tied()
-            if is_drawn or not isinstance(module, (nn.Linear, nn.Embedding)):
+            shares_wte = module is self.lm_head and self.is_tied()
+            if shares_wte or not isinstance(module, (nn.Linear, nn.Embedding)):
                 continue
             std = 0.02
             if hasattr(module, "writes_residual"):

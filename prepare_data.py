@@ -66,7 +66,7 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def load_yaml(text: str | bytes, what: str):
+def load_yaml(text: str, what: str):
     """The value of a YAML text. UserError, which begins with `what`, if it is not YAML."""
     with blame(f"{what} is not YAML that can be read"):
         # A few aliases are convenient; many of them, nested, expand to more than any memory holds.
@@ -76,8 +76,10 @@ def load_yaml(text: str | bytes, what: str):
 
 
 def read_config(path, overrides=()) -> dict:
-    """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it is no such mapping."""
-    config = load_yaml(local(path).read_bytes(), f"the config {path}")
+    """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
+    with blame(f"cannot read the config {path}"):
+        text = local(path).read_text(encoding="utf-8")
+    config = load_yaml(text, f"the config {path}")
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
@@ -874,9 +876,9 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     found = tuple(splits.get(split, ()))
     kinds = {kind_of(file) for file in found}
     # `datasets` takes the files of the most common kind, and ignores the others without a word.
-    others = {str(file) for file in files if kind_of(file) in READERS}.difference(*splits.values())
-    if others:
-        print(f"note: {len(others)} files are in no split, such as {min(others)}")
+    unused = {str(file) for file in files if kind_of(file) in READERS}.difference(*splits.values())
+    if unused:
+        print(f"note: {len(unused)} files are in no split, such as {min(unused)}")
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
         return Source(c, kinds.pop(), {file: file for file in found}, found)
@@ -1065,6 +1067,7 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
 def encoded(pool, workers: int, source: Source, place):
     """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
     read = batches(source, place)
+    # A batch is read and submitted when its task is taken from this generator.
     tasks = ((after, pool.submit(encode_rows, source.section, source.kind, rows)) for rows, after in read)
     under_way = deque(itertools.islice(tasks, 2 * workers))
     # Results come in the order of the batches, not in that in which workers finish.
@@ -1149,7 +1152,7 @@ def found_in(folder: Path, here: dict) -> dict:
     there = record["source"]
     if differ := differences(there, {split: there.get(split, {}) | about for split, about in here.items()}):
         raise UserError(
-            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path, or delete it"
+            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path, or delete this one"
         )
     check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
     if record["finished"]:
@@ -1210,12 +1213,12 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     }
     # Shards must not mix two versions of a source, which may have the same size.
     versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
-    begun = {"tokenizer": tokenizer, "modified": digest(versions)}
+    at_start = {"tokenizer": tokenizer, "modified": digest(versions)}
     splits = {split: {"shards": []} for split in sources}
-    record = record or {"source": here, **begun, "splits": splits, "finished": False}
-    differ = differences(record, record | begun)
+    record = record or {"source": here, **at_start, "splits": splits, "finished": False}
+    differ = differences(record, record | at_start)
     if differ:
-        raise UserError(f"the source or the tokenizer changed meanwhile ({differ[0]}): delete {folder}")
+        raise UserError(f"the source or the tokenizer changed since the start ({differ[0]}): delete {folder}")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)

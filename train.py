@@ -284,10 +284,10 @@ def this_process(c, check: bool) -> Process:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed for the next update.
+    """Let glibc keep freed memory for the next update, which matters on a CPU.
 
-    Otherwise an update of a CPU gives many pages back to the system, which clears them again for the next one: 7 % of
-    the quick start's time.
+    By default glibc returns large blocks to the system. Getting them again, page by page, took 7 % of the quick
+    start's time.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -563,7 +563,7 @@ def batches(stream: TrainingStream, c, p, s: int):
     """Yield this rank's windows (batch_size / world, T + 1) of updates s, s + 1, ..., each read one update ahead."""
 
     def read(s: int):
-        # In a thread, where nothing may draw random numbers: those of the loop are seeded.
+        # This runs in a thread. Draw random numbers in the loop instead, where they are seeded.
         mine = stream.positions(s, c.batch_size).reshape(p.world, -1)[p.rank]  # (batch_size / world,)
         return to_tensor(stream.read(mine), c, p)
 
@@ -597,12 +597,12 @@ def apply_update(optimizers: list, scaler, model, lr: float, c):
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), c.grad_clip or math.inf)
-    # An update whose float16 gradients overflow is skipped, as a whole: the scaler would skip one optimizer alone.
+    # If float16 gradients overflow, no optimizer steps. (The scaler's own step would check each optimizer separately.)
     if scaler.is_enabled() and not norm.isfinite():
         optimizers = []
     # Muon orthogonalizes in bfloat16, which takes 17 times as long as float32 on a CPU without instructions for it.
-    precision = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)
-    with precision if norm.device.type == "cpu" else contextlib.nullcontext():
+    in_float32 = mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float)
+    with in_float32 if norm.device.type == "cpu" else contextlib.nullcontext():
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -829,13 +829,13 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     encoder = tokenizer_of(c, train_windows.data, val_windows.data)
     data = dict([train_windows.data.fingerprint(), val_windows.data.fingerprint()])  # name -> sha256
     identity = state_config(c) | {"data_sha256": list(data.values())}  # what the run's states depend on
-    torch.manual_seed(c.init_seed)  # for what a fork adds and draw_weights does not draw
+    torch.manual_seed(c.init_seed)  # for parameters of a fork that draw_weights does not know
     model = MODEL_CLASSES[c.model.model_type](c.model, init_seed=c.init_seed)
     state = load_state(c, folder, identity)
-    is_resumed = state is not NEW
+    has_state = state is not NEW
     start = state["step"]
     source = f"seed {c.init_seed}"  # of the first weights
-    if c.from_pretrained and not is_resumed:
+    if c.from_pretrained and not has_state:
         source = load_pretrained(model, c.from_pretrained)
     if check:
         print(folder or f"{parent}/")
@@ -860,7 +860,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     model.to(p.device)
     optimizers = make_optimizers(model, c, p.device)
     scaler = torch.amp.GradScaler(p.device.type, enabled=c.dtype == "float16")
-    if is_resumed:
+    if has_state:
         restore(state, model, optimizers, scaler)
     if p.rank == 0:
         record_start(folder, c, p, encoder, data, config_path)
@@ -886,7 +886,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             torch._dynamo.config.suppress_errors = True  # without a C++ compiler, say, the model runs eagerly
             compiled = torch.compile(model, dynamic=False)
             log.say("torch.compile: the first update compiles, which can take a minute")
-        # What a micro-batch goes through; validation goes without DDP's hooks.
+        # Training goes through DDP, which averages the gradients of all ranks. Validation has none.
         trained = DDP(compiled, gradient_as_bucket_view=True) if p.world > 1 else compiled
 
         # ---- the loop: at its top, s updates are done
@@ -896,7 +896,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         train_batches = batches(train_windows, c, p, s + 1)
         interrupt = Interrupt()
         while True:
-            # The state is saved before anything is evaluated: a resumed run evaluates again, and writes it once.
+            # The state is saved before the evaluation. A resumed run evaluates again, so each line is there once.
             stopping = interrupt.agreed()
             is_kept = is_checkpoint(s, c)
             with_optimizer = stopping or due(s, c.resume_every, updates) or (is_kept and c.keep_optimizer)
@@ -907,7 +907,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             if stopping:
                 break
             model.eval()
-            torch.manual_seed(hash((c.seed, s)))  # as below, for an evaluation that draws
+            torch.manual_seed(hash((c.seed, s)))  # as below, for an evaluation that samples
             if due(s, c.val_loss_every, updates):
                 log.flush()
                 val_loss = validate(compiled, val_windows, c, p, autocast, interrupt)
@@ -982,7 +982,7 @@ if __name__ == "__main__":
     check = "--check" in sys.argv
     if set(args) <= {"-h", "--help"}:  # no config is named
         print_help()
-        sys.exit(0 if args else 2)  # such as in `train.py $CONFIG && ...` where CONFIG is empty
+        sys.exit(0 if args else 2)  # without --help, a missing config is a mistake
     reports = os.environ.get("LOCAL_RANK", "0") == "0"  # all ranks of a node find the same mistake: one reports it
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"
     if not reports:

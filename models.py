@@ -342,17 +342,18 @@ class LossInPieces(torch.autograd.Function):
         for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows)):
             logits = h @ w.T  # (rows, V), on CUDA with padding
             logits[:, V:] = float("-inf")
-            if not with_gradients:  # in validation
-                loss += summed_loss(logits, y)
-                continue
-            # Of the sum, not of the mean: its gradients are of order 1, so float16 can hold them.
-            d, piece = torch.func.grad_and_value(summed_loss)(logits, y)
-            loss += piece
-            grad_hidden.append(d @ w)
-            if h.dtype == grad_weight.dtype:
-                grad_weight.addmm_(d.T, h)  # without a matrix for the product, which may be larger than the piece
-            else:
-                grad_weight += d.T @ h
+            if with_gradients:
+                # Of the sum, not of the mean: its gradients are of order 1, so float16 can hold them.
+                d, piece = torch.func.grad_and_value(summed_loss)(logits, y)
+                grad_hidden.append(d @ w)
+                if h.dtype == grad_weight.dtype:
+                    grad_weight.addmm_(d.T, h)  # no matrix for the product, which may be larger than the piece
+                else:
+                    # torch 2.6 to 2.8 would compile a sum of two dtypes to one product of both.
+                    grad_weight += (d.T @ h).float()
+            else:  # in validation
+                piece = summed_loss(logits, y)
+            loss = loss + piece  # not in place: compiled by torch 2.11, all gradients would be 0
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_weight[:V])
         return loss

@@ -20,7 +20,7 @@ else
     export TEST_DEVICE=cpu BENCH_STEPS="(nanoGPT's|Llama)$" OMP_NUM_THREADS=1
 fi
 
-tests=$(python3 -m pytest -n 0 -rs -p no:cacheprovider tests/test_models.py tests/test_cuda.py -k cuda | tee >(cat >&2))
+tests=$(python3 -m pytest -n 0 -rs -p no:cacheprovider -p no:logging tests/test_models.py tests/test_cuda.py -k cuda | tee >(cat >&2))
 if [ -z "${TEST_DEVICE:-}" ] && grep -q skipped <<<"$tests"; then
     echo "gpu: a test that was skipped has not passed" >&2
     exit 1

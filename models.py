@@ -349,7 +349,7 @@ class LossInPieces(torch.autograd.Function):
                 if h.dtype == grad_weight.dtype:
                     grad_weight.addmm_(d.T, h)  # no matrix for the product, which may be larger than the piece
                 else:
-                    # torch 2.6 to 2.8 would compile a sum of two dtypes to one product of both.
+                    # torch 2.7 and 2.8 would compile a sum of two dtypes to one product of both.
                     grad_weight += (d.T @ h).float()
             else:  # in validation
                 piece = summed_loss(logits, y)

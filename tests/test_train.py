@@ -556,7 +556,7 @@ def test_what_is_not_finite_never_reaches_the_disk(lab, ranks):
     lab.train(f"diverged at the end {ranks}", *options[:3], "dtype=float16", "num_iterations=1", ranks=ranks, code=1)
 
 
-def test_a_float16_overflow_skips_the_update_of_all_optimizers(lab):
+def test_a_float16_overflow_skips_adamw_and_muon(lab):
     c = train.load_config(lab.config, ["optimizer=muon", "dtype=float16", "grad_clip=null"])
     model = MODEL_CLASSES[c.model.model_type](c.model)
     optimizers, scaler = train.make_optimizers(model, c, torch.device("cpu")), torch.amp.GradScaler("cpu")

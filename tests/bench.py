@@ -160,7 +160,7 @@ def peak_of(name: str) -> float:
 
 
 def bench_memory(_) -> None:
-    """Peak memory of a step, each in a process of its own, several at a time on CUDA, where a CPU compiles."""
+    """Peak memory of a step, each in a process of its own; on CUDA four at a time, since most of it is compiling."""
     with multiprocessing.get_context("spawn").Pool(4 if DEVICE == "cuda" else 1, maxtasksperchild=1) as pool:
         peaks = dict(zip(STEPS, pool.map(peak_of, STEPS, chunksize=1)))
     rows = {name: [peak, peaks[OURS] / peak] for name, peak in peaks.items()}

@@ -45,8 +45,8 @@ def test_losses_are_those_of_a_cpu_also_after_an_interruption(choice, tmp_path, 
     losses, scaler = trained(tmp_path / "run", f"device={DEVICE}", *choice.split())
     # train.py suppresses what the compiler raises, and runs eagerly: here that counts as a failure.
     assert (torch._dynamo.utils.counters["frames"]["ok"] > 0) == ("compile=true" in choice)
-    same = [c for c in choice.split() if c.startswith("optimizer")]
-    on_cpu, _ = trained(tmp_path / "cpu", "device=cpu", "dtype=float32", *same)
+    optimizer = [c for c in choice.split() if c.startswith("optimizer")]
+    on_cpu, _ = trained(tmp_path / "cpu", "device=cpu", "dtype=float32", *optimizer)
     torch.testing.assert_close(losses, on_cpu, rtol=0, atol=RUNS[choice])
 
     for path in (tmp_path / "run" / "checkpoints").glob("*_12.pt"):

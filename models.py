@@ -347,13 +347,13 @@ class LossInPieces(torch.autograd.Function):
                 d, piece = torch.func.grad_and_value(summed_loss)(logits, y)
                 grad_hidden.append(d @ w)
                 if h.dtype == grad_weight.dtype:
-                    grad_weight.addmm_(d.T, h)  # no matrix for the product, which may be larger than the piece
+                    grad_weight.addmm_(d.T, h)  # does not store the product, which may be larger than the piece
                 else:
-                    # torch 2.7 and 2.8 would compile a sum of two dtypes to one product of both.
+                    # Without .float(), torch 2.7 and 2.8 compile this line to one addmm of two dtypes, which fails.
                     grad_weight += (d.T @ h).float()
             else:  # in validation
                 piece = summed_loss(logits, y)
-            loss = loss + piece  # not in place: compiled by torch 2.11, all gradients would be 0
+            loss = loss + piece  # `loss += piece`, compiled by torch 2.11, makes all gradients 0
         if with_gradients:
             ctx.save_for_backward(torch.cat(grad_hidden).to(hidden.dtype), grad_weight[:V])
         return loss

@@ -430,14 +430,14 @@ def test_interruptions_leave_no_trace(lab, overrides, ranks, rank, interruptions
 
 
 def test_killed_at_random_moments(lab):
-    rng = random.Random(os.environ.get("KILL_SEED", "0"))
-    overrides = "num_iterations=200", "val_loss_every=40", "checkpoint_every=50", KEEP
+    rng, kills = random.Random(os.environ.get("KILL_SEED", "0")), int(os.environ.get("KILLS", "5"))
+    overrides = f"num_iterations={80 * kills}", "val_loss_every=40", "checkpoint_every=50", KEEP
     expected, folder = lab.undisturbed(*overrides), lab.root / "killed"
     log = folder / "main.log"
-    for _ in range(int(os.environ.get("KILLS", "5"))):
+    for _ in range(kills):
         length = log.stat().st_size if log.exists() else 0
         ((process, _),) = started = lab.start(*overrides, f"run_dir={folder}")
-        wait_for(lambda length=length: log.exists() and log.stat().st_size > length)
+        wait_for(lambda p=process, n=length: not p.is_alive() or (log.exists() and log.stat().st_size > n))
         time.sleep(rng.uniform(0, 0.6))
         process.kill()
         lab.finish(started)

@@ -287,7 +287,26 @@ def fetch(run: tuple, step: int | None, weights: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Several processes of one job may ask at once: those that waited find all files downloaded.
     with hold(folder, "downloading to", wait=True):
-        download(name, folder, step, weights)
+        try:
+            import wandb
+
+            api = wandb.Api()
+            # The state comes with the run, before the files: those of a finished run do not change any more.
+            found = api.run(name)
+            files = {file.name.removeprefix("checkpoints/"): file for file in found.files()}
+        except Exception as e:  # no network, no login, no such run: the client's classes change with its versions
+            reason = f"cannot read {name} from W&B ({in_short(e)})"
+            copies = checkpoints_in(folder)
+            if not copies:
+                raise RunNotFound(reason) from e
+            print(f"{reason}: step {max(copies)} is the last in {folder}", file=sys.stderr)
+            return folder
+        listing = {"run": name, "state": found.state, "files": {known: file.size for known, file in files.items()}}
+        for known in missing_files(folder, listing, step, weights):
+            print(f"downloading {known} to {folder}", file=sys.stderr)
+            receive(files[known], api, folder / known)
+        # The listing is written last: it stands for files that are here.
+        write_json(folder / LISTING, listing)
     return folder
 
 
@@ -301,31 +320,6 @@ def missing_files(folder: Path, listing: dict, step: int | None, weights: bool) 
     # A download here is whole or absent. One that SPD, which uses the same folder, did not finish differs in size.
     here = {path.name: path.stat().st_size for path in folder.glob("*")}
     return [name for name in wanted if here.get(name) != sizes[name]]
-
-
-def download(name: str, folder: Path, step: int | None, weights: bool) -> None:
-    """Bring the files wanted of a run on W&B to `folder`, and then its listing."""
-    try:
-        import wandb
-
-        api = wandb.Api()
-        # The state comes with the run, before the files: those of a finished run do not change any more.
-        run = api.run(name)
-        files = {file.name.removeprefix("checkpoints/"): file for file in run.files()}
-    except Exception as e:  # no network, no login, no such run: the client's classes for these change with its versions
-        reason = f"cannot read {name} from W&B ({in_short(e)})"
-        copies = checkpoints_in(folder)
-        if not copies:
-            raise RunNotFound(reason) from e
-        print(f"{reason}: step {max(copies)} is the last in {folder}", file=sys.stderr)
-        return
-
-    listing = {"run": name, "state": run.state, "files": {known: file.size for known, file in files.items()}}
-    for known in missing_files(folder, listing, step, weights):
-        print(f"downloading {known} to {folder}", file=sys.stderr)
-        receive(files[known], api, folder / known)
-    # The listing is written last: it stands for files that are here.
-    write_json(folder / LISTING, listing)
 
 
 def receive(file, api, path: Path) -> None:

@@ -44,30 +44,29 @@ MERGED = {".c_attn.": (".q_proj.", ".k_proj.", ".v_proj."), ".kv_attn.": (".k_pr
 
 
 def canonical(model) -> dict:
-    """{name in LlamaSimple's spelling: view of the values, (out, in)} of every parameter, ours or Hugging Face's."""
+    """{name in LlamaSimple's spelling: values, (out, in)} of every parameter, ours or Hugging Face's.
+
+    They are views, but for q and k of ours with adjacent pairs: such a model is never the target (see our_config).
+    """
     c = model.config
-    head_size = c.head_dim if hasattr(c, "head_dim") else c.n_embd // c.n_head
-    # RoPE turns two rows of a head together: 2i and 2i + 1 if adjacent, or else, as everywhere at Hugging Face's, i and
-    # i + head_size / 2. So the rows of q and k become (nh, 2, hs / 2), of which the two are in the middle.
-    adjacent = getattr(c, "rotary_adjacent_pairs", False)
-    rows = (-1, head_size // 2, 2) if adjacent else (-1, 2, head_size // 2)
-    views = {}
+    values = {}
     for name, x in model.named_parameters():  # a tied weight once
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if type(owner).__name__ == "Conv1D":  # a linear layer of Hugging Face's GPT-2, whose weight is (in, out)
+        if c.model_type == "gpt2" and ".c_" in name:  # Hugging Face's Conv1D, whose weight is (in, out)
             x = x.t()
         # A name that is not known here stays as it is, and so finds no partner in the other model.
         for pattern, spelling in SPELLINGS:
             name = re.sub(pattern, spelling, name)
         merged = next((part for part in MERGED if part in name), "")
         parts = MERGED.get(merged, [""])
-        for part, view in zip(parts, x.chunk(len(parts)), strict=True):
+        for part, rows in zip(parts, x.chunk(len(parts)), strict=True):
             key = name.replace(merged, part)
-            if re.search(r"\.[qk]_proj\.", key):
-                view = view.unflatten(0, rows)
-                view = view.transpose(1, 2) if adjacent else view
-            views[key] = view
-    return views
+            # RoPE turns two rows of a head together: 2i and 2i + 1 if adjacent, or else, as everywhere at Hugging
+            # Face's, i and i + half.
+            if getattr(c, "rotary_adjacent_pairs", False) and re.search(r"\.[qk]_proj\.", key):
+                half = c.n_embd // c.n_head // 2
+                rows = rows.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+            values[key] = rows
+    return values
 
 
 def copy_parameters(source, target) -> None:
@@ -159,7 +158,7 @@ def our_config(cls, given, name: str):
     fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if hasattr(given, theirs)}
     if given.model_type != "gpt2":
         fields |= {"rotary_dim": given.head_dim, "rotary_base": given.rope_parameters["rope_theta"]}
-        fields["n_ctx"] = given.max_position_embeddings
+        fields |= {"n_ctx": given.max_position_embeddings, "rotary_adjacent_pairs": False}
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
     wanted = hf_fields(cls, c) | {"sliding_window": None}

@@ -271,7 +271,7 @@ def this_process(c, check: bool) -> Process:
     micro = c.micro_batch_size or max(1, c.batch_size // world)
     if c.batch_size % (world * micro):
         raise UserError(f"batch_size {c.batch_size} is not divisible by ranks x micro_batch_size ({world} x {micro})")
-    best = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     # --check needs no device: it also runs on a login node without a GPU.
     device = torch.device("meta" if check else c.device or best)
     if device == torch.device("cuda"):

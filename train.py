@@ -187,11 +187,6 @@ def config_dict(c) -> dict:
     return c.model_dump(mode="json") | {"run_dir": None}
 
 
-def state_config(c) -> dict:
-    """The part of the config that decides what a run computes."""
-    return c.model_dump(mode="json", exclude=FREE_KEYS)
-
-
 def check_same_run(there: dict, here: dict, what: str) -> None:
     """Raise UserError, naming the keys, if two configs, `there` that of `what`, are not those of one run."""
     if differ := differences(there, here, FREE_KEYS):
@@ -818,7 +813,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     folder = local(c.run_dir) if c.run_dir else None
     parent = local(c.output_dir or out_dir() / "target_models")  # of a new run
     if folder and (folder / "final_config.yaml").exists():
-        check_same_run(read_config(folder / "final_config.yaml"), state_config(c), c.run_dir)
+        check_same_run(read_config(folder / "final_config.yaml"), config_dict(c), c.run_dir)
         if not check and (folder / "status").read_text() == "finished\n":
             if p.rank == 0:
                 delete_states(folder, c, saved_steps(folder))  # the process may have been killed before it did this
@@ -828,7 +823,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     val_windows = open_windows(c, "val", c.val_dataset_config, config_path)
     encoder = tokenizer_of(c, train_windows.data, val_windows.data)
     data = dict([train_windows.data.fingerprint(), val_windows.data.fingerprint()])  # name -> sha256
-    identity = state_config(c) | {"data_sha256": list(data.values())}  # what the run's states depend on
+    # What the run's states depend on.
+    identity = c.model_dump(mode="json", exclude=FREE_KEYS) | {"data_sha256": list(data.values())}
     torch.manual_seed(c.init_seed)  # for parameters of a fork that draw_weights does not know
     model = MODEL_CLASSES[c.model.model_type](c.model, init_seed=c.init_seed)
     state = load_state(c, folder, identity)

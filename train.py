@@ -170,16 +170,12 @@ def load_config(path, overrides=()) -> Config:
     raw = read_config(path, overrides)
     for split, section in dataset_configs(raw).items():
         raw[f"{split}_dataset_config"] = section
-    raw["model"] = model_config(raw.get("model"))
-    return validated(Config, raw)
-
-
-def model_config(section):
-    """The checked config of the model that the section `model` names by its model_type. Raises UserError."""
-    name = section.get("model_type") if isinstance(section, dict) else None
+    model = raw.get("model")
+    name = model.get("model_type") if isinstance(model, dict) else None
     if name not in [*MODEL_CLASSES]:
         raise UserError(f"model.model_type must be one of {', '.join(MODEL_CLASSES)}, not {shown(name)}")
-    return validated(MODEL_CLASSES[name].config_class, section, "model.")
+    raw["model"] = validated(MODEL_CLASSES[name].config_class, model, "model.")
+    return validated(Config, raw)
 
 
 def config_dict(c) -> dict:

@@ -315,7 +315,6 @@ def end_process(code: int):
 
     That clean-up hung once in thirty runs: DDP's destructor holds the GIL and joins a thread that waits for the GIL.
     """
-    sys.stdout.flush()
     if dist.is_initialized():
         os._exit(code)
     sys.exit(code)
@@ -455,7 +454,7 @@ class Log(contextlib.AbstractContextManager):
     def say(self, text: str) -> None:
         """Print a line to the console and to main.log."""
         if self.files:
-            print(text, flush=True)
+            print(text)
             print(text, file=self.files["main.log"])
 
     def write(self, name: str, line: dict) -> None:
@@ -979,7 +978,8 @@ if __name__ == "__main__":
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"
     if not reports:
         warnings.simplefilter("ignore")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold what the console's encoding cannot
+    # A line is seen at once, however the process ends. A sample may hold what the console's encoding cannot.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     code = 1
     try:
         code = main(args[0], args[1:], check)

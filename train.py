@@ -78,7 +78,8 @@ from run_info import (
 # -----------------------------------------------------------------------------
 # config
 
-AnyModelConfig = Union[tuple(model.config_class for model in MODEL_CLASSES.values())]  # noqa: UP007, it is computed
+MODEL_CONFIGS = tuple(model.config_class for model in MODEL_CLASSES.values())
+AnyModelConfig = Union[MODEL_CONFIGS]  # noqa: UP007, it is computed
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -192,7 +193,7 @@ def check_same_run(there: dict, here: dict, what: str) -> None:
 def print_help() -> None:
     """Print the source of all config classes: every key with its type, bounds, default and meaning."""
     print(__doc__)
-    for section in (Config, DatasetConfig, *(model.config_class for model in MODEL_CLASSES.values())):
+    for section in (Config, DatasetConfig, *MODEL_CONFIGS):
         print(inspect.getsource(section))
 
 

@@ -370,14 +370,6 @@ def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_pa
         write_text(folder / name, text)
 
 
-def keep_lines(folder: Path, lines: dict) -> None:
-    """Cut each file to its first n lines, {file: n}: a resumed run writes the others again."""
-    for name, n in lines.items():
-        path = folder / name
-        if path.exists():
-            write_text(path, "".join(path.read_text().splitlines(keepends=True)[:n]))
-
-
 # -----------------------------------------------------------------------------
 # log: what a run says
 
@@ -400,8 +392,12 @@ class Log(contextlib.AbstractContextManager):
         self.wandb = None  # W&B's run
         self.files = {}  # name -> open file, on rank 0
         for name in ("main.log", *lines) if p.rank == 0 else ():
+            path = folder / name
+            if name in lines and path.exists():
+                # A resumed run writes the lines again that came after its state.
+                write_text(path, "".join(path.read_text().splitlines(keepends=True)[: lines[name]]))
             # Line-buffered: every complete line is in the file, however the process ends.
-            self.files[name] = open(folder / name, "a", buffering=1, encoding="utf-8")
+            self.files[name] = open(path, "a", buffering=1, encoding="utf-8")
 
     def __exit__(self, kind, error, trace) -> None:
         """Write the error that ended the run, whatever it was, to main.log, and set status to failed."""
@@ -856,7 +852,6 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         restore(state, model, optimizers, scaler)
     if p.rank == 0:
         record_start(folder, c, p, encoder, data, config_path)
-        keep_lines(folder, state["lines"])
 
     # ---- numbers of the loop
     dtype = getattr(torch, c.dtype)

@@ -62,6 +62,7 @@ from prepare_data import (
     tokenizer_config,
     validated,
     whole_file,
+    write_json,
     write_text,
 )
 from run_info import (
@@ -357,17 +358,17 @@ def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_pa
         "ranks": p.world,
         "dataset_sha256": data,
     }
-    starts = [*read_json(folder / "environment.json", []), start]
     texts = {
         "status": "running\n",
         "final_config.yaml": yaml.safe_dump(config_dict(c), sort_keys=False),
         "model_config.yaml": yaml.safe_dump(asdict(c.model), sort_keys=False),
         "tokenizer.json": encoder.json.decode(),
         "tokenizer_config.json": tokenizer_config(encoder.eos_token, for_transformers=False),
-        "environment.json": json.dumps(starts, indent=1) + "\n",
     }
     for name, text in texts.items():
         write_text(folder / name, text)
+    environment = folder / "environment.json"
+    write_json(environment, [*read_json(environment, []), start])
 
 
 # -----------------------------------------------------------------------------

@@ -505,9 +505,28 @@ class LanguageModel(nn.Module):
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * self.config.block_size
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage: int = 0):
-        """`adamw` of all parameters that require a gradient."""
-        return adamw(self.parameters(), weight_decay, learning_rate, betas, device_type, zero_stage)
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage: int = 0, without=()):
+        """AdamW of all parameters that require a gradient, with decay on tensors of two dimensions or more.
+
+        zero_stage 1 shards its state over the ranks of the process group, where there is one. `without`: parameters
+        that another optimizer trains. Raises ValueError for zero_stage 2 and 3.
+        """
+        if zero_stage not in (0, 1):
+            raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
+        params = [p for p in self.parameters() if p.requires_grad and p not in set(without)]
+        # train.py sets the learning rate of all groups alike, before each update.
+        groups = [
+            {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        ]
+        # By type: SPD compares the whole device string with "cuda", so its ranks, on "cuda:0", lose the fused kernel.
+        fused = torch.device(device_type).type in ("cuda", "cpu", "mps")
+        options = {"lr": learning_rate, "betas": betas, "fused": fused}
+        if zero_stage == 1 and torch.distributed.is_initialized():
+            from torch.distributed.optim import ZeroRedundancyOptimizer
+
+            return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
+        return torch.optim.AdamW(groups, **options)
 
     @classmethod
     def from_run_info(cls, run_info):
@@ -573,30 +592,6 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
             f"the model loaded from {checkpoint} is not the one that was trained: its loss on the ids in check.json is "
             f"{loss:.4f}, and was {check['loss']:.4f}"
         )
-
-
-def adamw(params, weight_decay, learning_rate, betas, device_type, zero_stage: int = 0):
-    """AdamW of those of `params` that require a gradient, with decay on tensors of two dimensions or more.
-
-    zero_stage 1 shards its state over the ranks of the process group, where there is one. Raises ValueError for stages
-    2 and 3.
-    """
-    if zero_stage not in (0, 1):
-        raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
-    params = [p for p in params if p.requires_grad]
-    # train.py sets the learning rate of all groups alike, before each update.
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    # By type: SPD compares the whole device string with "cuda", so its ranks, on "cuda:0", lose the fused kernel.
-    fused = torch.device(device_type).type in ("cuda", "cpu", "mps")
-    options = {"lr": learning_rate, "betas": betas, "fused": fused}
-    if zero_stage == 1 and torch.distributed.is_initialized():
-        from torch.distributed.optim import ZeroRedundancyOptimizer
-
-        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
 
 
 # -----------------------------------------------------------------------------

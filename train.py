@@ -41,7 +41,7 @@ import yaml
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from models import MODEL_CLASSES, adamw, load_file, untied_weights
+from models import MODEL_CLASSES, load_file, untied_weights
 from prepare_data import (
     DatasetConfig,
     Section,
@@ -572,8 +572,8 @@ def make_optimizers(model, c, device: torch.device) -> list:
     """[AdamW], or [AdamW, Muon for the matrices inside blocks]."""
     # Not the embeddings, which AdamW trains better.
     matrices = [w for w in model.h.parameters() if c.optimizer == "muon" and w.dim() == 2]
-    others = [w for w in model.parameters() if w not in set(matrices)]
-    optimizers = [adamw(others, c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage)]
+    adam = model.configure_optimizers(c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage, matrices)
+    optimizers = [adam]
     if matrices:
         # Its updates are scaled to the size of AdamW's, so that one learning rate fits both.
         optimizers.append(torch.optim.Muon(matrices, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))

@@ -233,11 +233,8 @@ class RotaryAttention(CausalSelfAttention):
 # Norm, MLPs and blocks, each written once.
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """torch's, but rounded to the dtype of x before the product with the weight, as in SPD."""
 
     def forward(self, x):
         # The square overflows in float16 and loses digits in bfloat16.

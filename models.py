@@ -246,7 +246,7 @@ class RMSNorm(nn.RMSNorm):
 class MLP(nn.Module):
     """out(gelu(c_fc(x))); `out` is the name of the second projection."""
 
-    def __init__(self, n_embd: int, n_intermediate: int, bias: bool, out: str):
+    def __init__(self, n_embd: int, n_intermediate: int, bias: bool, out: str = "down_proj"):
         super().__init__()
         self.out = out
         self.c_fc = nn.Linear(n_embd, n_intermediate, bias=bias)
@@ -285,13 +285,12 @@ class GPT2Block(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    def __init__(self, config, merged: str, attn_out: str, gelu_mlp: bool):
+    def __init__(self, config, merged: str, attn_out: str, mlp_class: type):
         super().__init__()
-        sizes = config.n_embd, config.n_intermediate, config.mlp_bias
         self.rms_1 = RMSNorm(config.n_embd, config.rms_norm_eps)
         self.attn = RotaryAttention(config, merged if config.use_grouped_query_attention else "qkv", attn_out)
         self.rms_2 = RMSNorm(config.n_embd, config.rms_norm_eps)
-        self.mlp = MLP(*sizes, "down_proj") if gelu_mlp else SwiGLU(*sizes)
+        self.mlp = mlp_class(config.n_embd, config.n_intermediate, config.mlp_bias)
 
     def forward(self, x):
         x = x + self.attn(self.rms_1(x))
@@ -638,7 +637,7 @@ class Llama(LanguageModel):
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "h": self.blocks(LlamaBlock, "kv", "c_proj", False),
+                "h": self.blocks(LlamaBlock, "kv", "c_proj", SwiGLU),
                 "rms_f": RMSNorm(config.n_embd, config.rms_norm_eps),
             }
         )
@@ -648,11 +647,11 @@ class LlamaSimple(LanguageModel):
     """Llama with q, k, v as separate projections."""
 
     config_class = LlamaSimpleConfig
-    gelu_mlp = False
+    mlp_class = SwiGLU
 
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.h = self.blocks(LlamaBlock, "", "o_proj", self.gelu_mlp)
+        self.h = self.blocks(LlamaBlock, "", "o_proj", self.mlp_class)
         self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)
 
 
@@ -660,7 +659,7 @@ class LlamaSimpleMLP(LlamaSimple):
     """LlamaSimple with GPT-2's GELU MLP: the model that SPD decomposes most."""
 
     config_class = LlamaSimpleMLPConfig
-    gelu_mlp = True
+    mlp_class = MLP
 
 
 MODEL_CLASSES: dict[str, type] = {c.__name__: c for c in (GPT2, GPT2Simple, Llama, LlamaSimple, LlamaSimpleMLP)}

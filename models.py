@@ -379,8 +379,7 @@ class LanguageModel(nn.Module):
         self.build(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.wte.weight = self.lm_head.weight
-        if not self.lm_head.weight.is_meta:
-            self.draw_weights(torch.Generator().manual_seed(init_seed))
+        self.draw_weights(torch.Generator().manual_seed(init_seed))
 
     def blocks(self, block: type, *args) -> nn.ModuleList:
         """n_layer blocks of a class; `args` follow the config in its arguments."""

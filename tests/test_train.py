@@ -623,7 +623,7 @@ def fork(folder: Path, *edits) -> Path:
 def test_fork_with_dropout_and_a_metric_of_its_own(lab, tmp_path):
     dropout = "models.py", "self.gelu(self.c_fc(x))", "F.dropout(self.gelu(self.c_fc(x)), 0.2, self.training)"
     own = "            if s % 5 == 2: log.metrics(s, {'mine': s * 1.5, 'drawn': torch.rand(()).item()})\n"
-    untied = "models.py", "        self.wte.weight = self.lm_head.weight\n        if", "        if"
+    untied = "models.py", "        self.wte.weight = self.lm_head.weight\n        self.draw", "        self.draw"
     scripts = fork(tmp_path, dropout, untied, ("train.py", NEXT_UPDATE, own + NEXT_UPDATE))
     expected = lab.train("dropout", scripts=scripts)
     lab.interrupted("dropout interrupted", scripts=scripts)

@@ -536,8 +536,6 @@ class LanguageModel(nn.Module):
             # SPD's older checkpoints have the prefixes of wrappers, and buffers that are computed here.
             if not key.endswith((".attn.bias", ".rotary_sin", ".rotary_cos")):
                 state[key.replace("_orig_mod.", "").removeprefix("module.")] = tensor
-        if checkpoint.suffix == ".safetensors":  # param-decomp's files hold the tied weight once
-            state.setdefault("lm_head.weight", state["wte.weight"])
         model.load_state_dict(state)
         model.eval()
         compare_with_check(model, checkpoint)
@@ -560,11 +558,12 @@ def untied_weights(model) -> dict:
 
 
 def load_file(path):
-    """What torch.save or safetensors (by the suffix) wrote to `path`, on the CPU. Raises if it is damaged."""
-    if Path(path).suffix == ".safetensors":
+    """What torch.save or `untied_weights` (in a .safetensors) wrote to `path`, on the CPU. Raises if it is damaged."""
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file as load_safetensors
 
-        return load_safetensors(path)
+        weights = load_safetensors(path)
+        return {"lm_head.weight": weights["wte.weight"], **weights}
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

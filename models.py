@@ -215,8 +215,7 @@ class RotaryAttention(CausalSelfAttention):
 
     def apply_rotary_pos_emb(self, q, k, cos, sin):
         """Rotate the pairs of q, k (B, heads, T, hs) by the angles of their positions; cos, sin (B or 1, T, hs)."""
-        cos = self.pairs(cos)[0].unsqueeze(1).to(q.dtype)  # (B or 1, 1, T, hs / 2)
-        sin = self.pairs(sin)[0].unsqueeze(1).to(q.dtype)
+        cos, sin = (self.pairs(z)[0].unsqueeze(1).to(q.dtype) for z in (cos, sin))  # (B or 1, 1, T, hs / 2)
         rotated = []
         for x in (q, k):
             x1, x2 = self.pairs(x)

@@ -441,8 +441,9 @@ class LanguageModel(nn.Module):
         try:
             x = self.embed(idx)  # (B, T, C)
         except IndexError as e:  # of a CPU's nn.Embedding, which does not name the id
-            ids = f"token ids from {idx.min()} to {idx.max()}"
-            raise ValueError(f"{ids} do not fit the vocabulary of {self.config.vocab_size}") from e
+            raise ValueError(
+                f"token ids from {idx.min()} to {idx.max()} do not fit the vocabulary of {self.config.vocab_size}"
+            ) from e
         for block in self.h:
             x = block(x)
         x = self.ln_f(x)

@@ -193,9 +193,9 @@ class RotaryAttention(CausalSelfAttention):
         """Set rotary_cos and rotary_sin (block_size, hs), float32: cos and sin of t / base^(2i / hs) for pair i."""
         hs = self.head_dim
         # Computed on the CPU, whatever the default device is, so that every device has the same numbers.
-        freq = self.rotary_base ** (torch.arange(hs // 2, dtype=torch.float32, device="cpu") / (hs / 2))
+        freq = self.rotary_base ** (torch.arange(0, hs, 2, dtype=torch.float32, device="cpu") / hs)
         freq = freq.repeat_interleave(2) if self.rotary_adjacent_pairs else freq.repeat(2)
-        angles = torch.arange(self.block_size, dtype=torch.float32, device="cpu")[:, None] / freq
+        angles = torch.arange(self.block_size, device="cpu")[:, None] / freq
         device = next(self.parameters()).device
         self.rotary_cos = angles.cos().to(device)
         self.rotary_sin = angles.sin().to(device)

@@ -592,34 +592,32 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
 # The five models.
 
 
-class GPT2(LanguageModel):
-    """GPT-2: learned positions, LayerNorm, a GELU MLP, one merged q, k, v projection; biases everywhere."""
-
-    config_class = GPT2Config
-    h = property(lambda self: self.h_torch)
-
-    def build(self, config) -> None:
-        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h_torch = self.blocks(GPT2Block, "qkv", "c_proj", "c_proj")
-        self.ln_f = nn.LayerNorm(config.n_embd)
-
-    def embed(self, idx):
-        return self.wte(idx) + self.wpe(torch.arange(idx.shape[-1], device=idx.device))
-
-
 class GPT2Simple(LanguageModel):
-    """GPT-2 with q, k, v as separate projections."""
+    """GPT-2: learned positions, LayerNorm, a GELU MLP, q, k, v as separate projections; biases everywhere."""
 
     config_class = GPT2SimpleConfig
 
     def build(self, config) -> None:
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = self.blocks(GPT2Block, "", "o_proj", "down_proj")
+        self.build_blocks()
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    embed = GPT2.embed
+    def build_blocks(self) -> None:
+        self.h = self.blocks(GPT2Block, "", "o_proj", "down_proj")
+
+    def embed(self, idx):
+        return self.wte(idx) + self.wpe(torch.arange(idx.shape[-1], device=idx.device))
+
+
+class GPT2(GPT2Simple):
+    """GPT2Simple with GPT-2's own names, and one merged q, k, v projection."""
+
+    config_class = GPT2Config
+    h = property(lambda self: self.h_torch)
+
+    def build_blocks(self) -> None:
+        self.h_torch = self.blocks(GPT2Block, "qkv", "c_proj", "c_proj")
 
 
 class Llama(LanguageModel):

@@ -631,9 +631,9 @@ def check_files(folder: Path, entries: list[dict]) -> None:
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble uint64s so that each bit of the result depends on each bit of x (splitmix64's finaliser)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -643,13 +643,13 @@ def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
     point, and a keyed coin, the same for both, swaps the two or not. So every round is a permutation, of any n, and
     after some 6 log2(n) of them it looks like a random one.
     """
-    x, n = x.astype(np.uint64), np.uint64(n)
-    rounds = 6 * max(8, int(n).bit_length())
-    keys = mix(np.uint64(key) + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    x = x.astype(np.uint64)  # an unsigned array stays one when it meets Python's integers
+    rounds = 6 * max(8, n.bit_length())
+    keys = mix(key + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * 0x9E3779B97F4A7C15)
     for pivot, coin in zip(keys[:rounds] % n, keys[rounds:]):
         mirror = pivot - x
         mirror = np.minimum(mirror, mirror + n)  # pivot - x modulo n: below 0, an unsigned number is huge
-        swap = mix(np.maximum(x, mirror) ^ coin) & np.uint64(1)
+        swap = mix(np.maximum(x, mirror) ^ coin) & 1
         x = np.where(swap, mirror, x)
     return x.astype(np.int64)
 

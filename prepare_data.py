@@ -172,7 +172,7 @@ class DatasetConfig(Section):
     column_name: str = Field("text", description="the column that holds the text, or the token ids")
     is_tokenized: bool = Field(False, description="rows are token ids already: kept whole, no EOS is added")
     hf_tokenizer_path: str | None = Field(
-        None, description="gpt2, a hub id, a tokenizer.json or its folder; val takes train's"
+        None, min_length=1, description="gpt2, a hub id, a tokenizer.json or its folder; val takes train's"
     )
     train_tokenizer_vocab_size: int | None = Field(
         None, ge=257, le=65536, description="instead: train a byte-level BPE of this size on the train split"
@@ -254,19 +254,17 @@ def dataset_configs(raw: dict) -> dict:
         if near := difflib.get_close_matches(f"{key}", SECTIONS, cutoff=0.8):
             raise UserError(f"{key} is an unknown key; the nearest valid key is {near[0]}")
     train, val = (validated(DatasetConfig, raw.get(name, {}), f"{name}.") for name in SECTIONS)
-    taken = {}
-    if not val.hf_tokenizer_path and not val.train_tokenizer_vocab_size:
-        taken = train.model_dump(include={"hf_tokenizer_path", "train_tokenizer_vocab_size"})
+    keys = {"hf_tokenizer_path", "train_tokenizer_vocab_size"}
+    taken = train.model_dump(include=keys, exclude_none=True)
+    if len(taken) != 1:
+        raise UserError("train_dataset_config must set one of hf_tokenizer_path and train_tokenizer_vocab_size")
+    if val.model_dump(include=keys, exclude_none=True) not in ({}, taken):
+        raise UserError("val_dataset_config must leave out the tokenizer, or have train's")
     if val.path is None and val.name == train.name:
         taken["path"] = train.path
     val = val.model_copy(update=taken)
-    trained = train.train_tokenizer_vocab_size
-    if bool(train.hf_tokenizer_path) == bool(trained):
-        raise UserError("train_dataset_config must set one of hf_tokenizer_path and train_tokenizer_vocab_size")
-    if asked(val)["tokenizer"] != asked(train)["tokenizer"]:
-        raise UserError("val_dataset_config must leave out the tokenizer, or have train's")
     # It is trained on text, and kept beside its shards.
-    if trained and (train.is_tokenized or val.folder() != train.folder()):
+    if train.train_tokenizer_vocab_size and (train.is_tokenized or val.folder() != train.folder()):
         raise UserError("train_tokenizer_vocab_size needs the same path for train and val, and is_tokenized false")
     return {"train": train, "val": val}
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from models import untied_weights
-from prepare_data import TEXT_ONLY, UserError, differences, local, tokenizer_config, validated, whole_file, write_text
+from prepare_data import TEXT_ONLY, UserError, check_same, local, tokenizer_config, validated, whole_file, write_text
 from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
@@ -162,8 +162,8 @@ def our_config(cls, given, name: str):
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
     wanted = hf_fields(cls, c) | {"sliding_window": None}
-    if unlike := differences({field: getattr(given, field, value) for field, value in wanted.items()}, wanted):
-        raise UserError(f"{name} does not compute what a {cls.__name__} does: {'; '.join(unlike)}")
+    there = {field: getattr(given, field, value) for field, value in wanted.items()}
+    check_same(there, wanted, f"{name} does not compute what a {cls.__name__} does")
     return c
 
 
@@ -261,8 +261,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
 
     model = info.load_model()
     c = model.config
-    if unlike := differences(vars(c) | PARAM_DECOMP_FIELDS, vars(c)):
-        raise UserError(f"param-decomp's LlamaSimpleMLP is another model: {'; '.join(unlike)}")
+    check_same(vars(c) | PARAM_DECOMP_FIELDS, vars(c), "param-decomp's LlamaSimpleMLP is another model")
     weights = untied_weights(model)
     if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
         raise UserError(f"param-decomp's LlamaSimpleMLP has no {unknown}")

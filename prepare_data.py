@@ -150,6 +150,12 @@ def differences(there: dict, here: dict, ignored=()) -> list[str]:
     return [f"{k} {shown(there.get(k))} there, {shown(here.get(k))} here" for k in keys]
 
 
+def check_same(there: dict, here: dict, complaint: str, ignored=()) -> None:
+    """UserError, which begins with `complaint` and names the keys, if two mappings do not agree."""
+    if differ := differences(there, here, ignored):
+        raise UserError(f"{complaint}: {'; '.join(differ)}")
+
+
 # -----------------------------------------------------------------------------
 # checking a config
 
@@ -1148,10 +1154,8 @@ def found_in(folder: Path, here: dict) -> dict:
         return {}
     # Keys that only the record has are not compared: the source of a finished folder may be gone.
     there = record["source"]
-    if differ := differences(there, {split: there.get(split, {}) | about for split, about in here.items()}):
-        raise UserError(
-            f"{folder} was prepared with another config: {'; '.join(differ)}; choose another path, or delete this one"
-        )
+    wanted = {split: there.get(split, {}) | about for split, about in here.items()}
+    check_same(there, wanted, f"{folder} was prepared with another config (choose another path, or delete this one)")
     check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
     if record["finished"]:
         print(f"{folder} is already prepared")
@@ -1214,9 +1218,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     at_start = {"tokenizer": tokenizer, "modified": digest(versions)}
     splits = {split: {"shards": []} for split in sources}
     record = record or {"source": here, **at_start, "splits": splits, "finished": False}
-    differ = differences(record, record | at_start)
-    if differ:
-        raise UserError(f"the source or the tokenizer changed since the start ({differ[0]}): delete {folder}")
+    check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     with whole_file(folder / "tokenizer.json") as f:
         f.write(encoder.json)

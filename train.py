@@ -50,6 +50,7 @@ from prepare_data import (
     TrainingStream,
     UserError,
     asked,
+    check_same,
     dataset_configs,
     differences,
     hold,
@@ -187,8 +188,7 @@ def config_dict(c) -> dict:
 
 def check_same_run(there: dict, here: dict, what: str) -> None:
     """Raise UserError, naming the keys, if two configs, `there` that of `what`, are not those of one run."""
-    if differ := differences(there, here, FREE_KEYS):
-        raise UserError(f"{what} belongs to a run of another config: {'; '.join(differ)}; choose another run_dir")
+    check_same(there, here, f"{what} belongs to a run of another config (choose another run_dir)", FREE_KEYS)
 
 
 def print_help() -> None:
@@ -747,8 +747,8 @@ def load_pretrained(model, path: str) -> str:
     free = {"flash_attention", "rotary_dim"}
     if hasattr(found.config, "n_ctx"):
         free |= {"block_size", "n_ctx"}  # RoPE serves any length
-    if differ := differences(asdict(found.config), asdict(model.config), free):
-        raise UserError(f"the weights of {path} do not fit the model of this config: {'; '.join(differ)}")
+    complaint = f"the weights of {path} do not fit the model of this config"
+    check_same(asdict(found.config), asdict(model.config), complaint, free)
     model.load_state_dict(found.state_dict())
     return str(source)
 

@@ -334,6 +334,11 @@ def write_json(path: Path, value) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_json(path: Path, default):
+    """The value in a JSON file; `default` if there is no such file."""
+    return json.loads(path.read_bytes()) if path.exists() else default
+
+
 def sha256_file(path: Path) -> str:
     """The sha256 of a file, in hex."""
     with open(path, "rb") as f:
@@ -400,7 +405,7 @@ def load_encoder(name: str) -> TextEncoder:
     # transformers saves this file beside tokenizer.json; it names the EOS where there are several candidates.
     beside = path.with_name("tokenizer_config.json")
     with blame(f"cannot read {beside}"):
-        eos = json.loads(beside.read_bytes()).get("eos_token") if beside.exists() else None
+        eos = read_json(beside, {}).get("eos_token")
         eos = eos["content"] if isinstance(eos, dict) else eos
     return json_encoder(name, path.read_bytes(), [eos] if eos else EOS_NAMES)
 

@@ -34,6 +34,7 @@ from prepare_data import (
     load_encoder,
     local,
     read_config,
+    read_json,
     text_tokenizer,
     validated,
     whole_file,
@@ -150,11 +151,6 @@ class PretrainRunInfo:
     def metrics(self) -> list[dict]:
         """The lines of metrics.jsonl; empty for a run without it."""
         return read_metrics(self.folder / "metrics.jsonl")
-
-
-def read_json(path: Path, default):
-    """The value in a JSON file; `default` if there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else default
 
 
 def last_start(folder: Path) -> dict:

@@ -58,6 +58,7 @@ from prepare_data import (
     load_encoder,
     local,
     read_config,
+    read_json,
     sha256_file,
     shown,
     tokenizer_config,
@@ -73,7 +74,6 @@ from run_info import (
     out_dir,
     plot_losses,
     pretrained_model,
-    read_json,
     read_metrics,
 )
 

@@ -1073,21 +1073,8 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
     return pool
 
 
-def encoded(pool, workers: int, source: Source, place):
-    """Yield (place, what encode_rows makes) of each batch after `place`, in order; few are under way at a time."""
-    read = batches(source, place)
-    # A batch is read and submitted when its task is taken from this generator.
-    tasks = ((after, pool.submit(encode_rows, source.section, source.kind, rows)) for rows, after in read)
-    under_way = deque(itertools.islice(tasks, 2 * workers))
-    # Results come in the order of the batches, not in that in which workers finish.
-    while under_way:
-        after, future = under_way.popleft()
-        under_way.extend(itertools.islice(tasks, 1))
-        yield after, future.result()
-
-
-def write_shards(folder: Path, split: str, results, shard_tokens: int, record: dict) -> None:
-    """Write encoded batches into shards, and dataset.json after each of them.
+def write_shards(folder: Path, split: str, source: Source, pool, workers: int, shard_tokens: int, record: dict) -> None:
+    """Encode what `record` does not list yet of a split into shards, and write dataset.json after each of them.
 
     A shard ends with the batch that brings it to `shard_tokens` or more: no document lies in two.
     """
@@ -1095,18 +1082,24 @@ def write_shards(folder: Path, split: str, results, shard_tokens: int, record: d
 
     about = record["splits"][split]
     shards = about["shards"]
+    read = batches(source, shards[-1]["place"] if shards else START)
+    # A batch is read and submitted when its task is taken from this generator.
+    tasks = ((after, pool.submit(encode_rows, source.section, source.kind, rows)) for rows, after in read)
+    under_way = deque(itertools.islice(tasks, 2 * workers))
     with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30) as bar:
-        for result in results:
+        while under_way:
             path = folder / f"{split}_{len(shards):06d}.bin"
             counts = Counter()
             with whole_file(path) as f:
                 f.write(bytes(HEADER_BYTES))
-                while result:
-                    place, (tokens, added) = result
+                while under_way and counts["tokens"] < shard_tokens:
+                    # Results come in the order of the batches, not in that in which workers finish.
+                    place, future = under_way.popleft()
+                    under_way.extend(itertools.islice(tasks, 1))
+                    tokens, added = future.result()
                     f.write(tokens)
                     counts.update(added)
                     bar.update(len(tokens))
-                    result = next(results, None) if counts["tokens"] < shard_tokens else None
                 # The number of tokens is known only now.
                 f.seek(0)
                 f.write(np.array([MAGIC, VERSION, counts["tokens"]], "<i4"))
@@ -1230,9 +1223,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():
-            shards = record["splits"][split]["shards"]
-            results = encoded(pool, workers, source, shards[-1]["place"] if shards else START)
-            write_shards(folder, split, results, shard_tokens, record)
+            write_shards(folder, split, source, pool, workers, shard_tokens, record)
     del record["modified"]  # from now on the source may change
     write_json(folder / "dataset.json", record | {"finished": True})
 

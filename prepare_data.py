@@ -987,16 +987,14 @@ def parse_row(c: DatasetConfig, kind: str, vocab_size: int, raw):
     return ids
 
 
-def parse_rows(c: DatasetConfig, kind: str, vocab_size: int, rows) -> list:
-    """[(name, number, raw), ...] -> texts, or ids. UserError, which says where, for the first row that has none."""
-    parsed = []
+def parse_rows(c: DatasetConfig, kind: str, vocab_size: int, rows):
+    """Yield the text, or ids, of each (name, number, raw). UserError, which says where, for a row that has none."""
     for name, number, raw in rows:
         try:
-            parsed.append(parse_row(c, kind, vocab_size, raw))
+            yield parse_row(c, kind, vocab_size, raw)
         # ValueError: also broken JSON and broken UTF-8. RecursionError: JSON nested too deep. OverflowError: huge ids.
         except (ValueError, OverflowError, RecursionError) as e:
             raise UserError(f"{name}:{number}: {e}") from e
-    return parsed
 
 
 ENCODER: TextEncoder | None = None  # in a worker: its own, made by begin_work
@@ -1164,10 +1162,10 @@ def first_look(source: Source, vocab_size: int) -> None:
     """Check the first batch: a wrong column or kind of row is wrong from the start, and is found before the work."""
     c = source.section
     rows = next(batches(source), [[]])[0]
-    parsed = parse_rows(c, source.kind, vocab_size, rows)
+    parsed = list(parse_rows(c, source.kind, vocab_size, rows))
     if not any(map(len, parsed)) and len(rows) < 1024:
         raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
-    inline = sum(text.count(SEPARATOR.decode()) for text in parsed) if source.kind == ".txt" else 0
+    inline = "\n".join(parsed).count(SEPARATOR.decode()) if source.kind == ".txt" else 0
     if inline:
         print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
 

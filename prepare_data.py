@@ -764,15 +764,13 @@ def text_documents(path, column: str):
 
     The line break before such a line, or before the end, belongs to the file and not to the document.
     """
-    start = 1
     parts = []
     with open_bytes(path) as f:
         for line, raw in enumerate(itertools.chain(f, [b""]), 1):  # b"": the end
             if raw and raw.strip() != SEPARATOR:
                 parts.append(raw)
             elif raw or parts:
-                yield start, b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
-                start = line + 1
+                yield line - len(parts), b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
                 parts = []
 
 

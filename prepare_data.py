@@ -731,8 +731,7 @@ class Source:
     kind: str  # of READERS
     parts: dict  # by name
     files: tuple = ()  # what `datasets` found: the hub's addresses hold the commit
-    start: int = 0  # the first row of the split, and the one after its last
-    stop: int = sys.maxsize
+    wanted: range = range(sys.maxsize)  # the rows of the split that are asked for
 
     def rows(self, place=START):
         """Yield (place, (name of the part, number, raw)) of each row of the split after `place`."""
@@ -744,10 +743,10 @@ class Source:
                 for number, raw in READERS[self.kind](part, self.section.column_name):
                     if (i, number) <= (first, last):
                         continue
-                    if read == self.stop:
+                    if read == self.wanted.stop:
                         return
                     read += 1
-                    if read > self.start:
+                    if read > self.wanted.start:
                         yield (read, i, number), (name, number, raw)
 
 
@@ -936,17 +935,17 @@ def open_source(c: DatasetConfig) -> Source:
     if re.search("[%-]", "".join(bounds)):
         # A percentage, or a distance from the end. The rows are counted: what a dataset's card says may be untrue.
         total = sum(1 for _ in source.rows())
-    source.start, source.stop = row_range(bounds, total)
+    source.wanted = row_range(bounds, total)
     return source
 
 
-def row_range(bounds: list[str], total: int) -> tuple[int, int]:
-    """(first row, row after the last) of bounds such as "5%" or "", rounded and clipped as Hugging Face's."""
+def row_range(bounds: list[str], total: int) -> range:
+    """The rows between bounds such as "5%" or "", rounded and clipped as Hugging Face's."""
     rows = []
     for bound in bounds:
         number = int(bound.rstrip("%")) if bound else None
         rows.append(round(number * total / 100) if "%" in bound else number)
-    return slice(*rows).indices(total)[:2]
+    return range(total)[slice(*rows)]
 
 
 def stdlib_files() -> list[Path]:

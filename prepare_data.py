@@ -675,7 +675,7 @@ def window_order(positions, n_windows: int, seed: int, shuffle_each_epoch: bool 
         # Without shuffle_each_epoch, every epoch has the first one's key.
         name = f"{seed} {epoch if shuffle_each_epoch else 0}"
         key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-        out[epochs == epoch] = permuted(within[epochs == epoch], n_windows, key)
+        out[epochs == epoch] = permuted(within[epochs == epoch], int(n_windows), key)
     return out
 
 

@@ -1236,9 +1236,9 @@ def peek(data: Shards, n: int) -> None:
     tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
     # The first documents are in the first tokens; the rest of a large split is not read.
     (tokens,) = data.windows([0], min(data.n_tokens, 1 << 24))
-    ends = np.flatnonzero(tokens == data.info["tokenizer"]["eos_token_id"]) + 1
-    documents = [ids for ids in np.split(tokens, ends[:n]) if len(ids)]
-    for i, ids in enumerate(documents[:n], 1):
+    # No document begins after the last token.
+    starts = np.flatnonzero(tokens[:-1] == data.info["tokenizer"]["eos_token_id"]) + 1
+    for i, ids in enumerate(np.split(tokens, starts[:n])[:n], 1):
         print(f"--- {data.split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 

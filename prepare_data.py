@@ -1211,8 +1211,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     record = record or {"source": here, **at_start, "splits": splits, "finished": False}
     check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
-    with whole_file(folder / "tokenizer.json") as f:
-        f.write(encoder.json)
+    write_text(folder / "tokenizer.json", encoder.json.decode())
     write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():

@@ -1224,12 +1224,6 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
 # other views of the shards
 
 
-def verify(data: Shards) -> None:
-    """Compare the shards of a split with dataset.json; UserError names the first one that differs."""
-    check_files(data.folder, data.entries)
-    print(f"{data.folder}: {data.split} is sound, {data.n_tokens:,} tokens")
-
-
 def peek(data: Shards, n: int) -> None:
     """Print the first n documents of a split as a model sees them: the text of their ids."""
     tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
@@ -1326,7 +1320,9 @@ def main() -> None:
                 TrainingStream(data[split], c, seed=0)  # raises if there is not even one window
         for split, shards in data.items():
             if args.verify:
-                verify(shards)
+                # UserError names the first shard that differs from dataset.json.
+                check_files(shards.folder, shards.entries)
+                print(f"{shards.folder}: {split} is sound, {shards.n_tokens:,} tokens")
             if args.peek:
                 peek(shards, args.peek)
             if args.parquet:

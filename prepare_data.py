@@ -840,7 +840,7 @@ def open_bytes(file):
     # The name of a file on disk may have characters that mean something in a URL.
     f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
     f = COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
-    if f.peek(3)[:3] == b"\xef\xbb\xbf":
+    if f.peek(3).startswith(b"\xef\xbb\xbf"):
         f.read(3)
     return f
 
@@ -851,7 +851,6 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
 
     import datasets
     from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as builders
-    from datasets.packaged_modules.text.text import Text
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
@@ -888,7 +887,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
         return Source(c, kinds.pop(), {file: file for file in found}, found)
-    if kinds and isinstance(builder, Text):
+    if kinds and builder.name == "text":
         raise UserError(
             f"{c.name}: found files of the kinds {sorted(kinds)}; wanted is .txt, or .txt.gz, .xz, .bz2 or .zst"
         )

@@ -739,8 +739,8 @@ class Source:
         for i, (name, part) in enumerate(self.parts.items()):
             if i < first:
                 continue
-            with blame(f"cannot read {name}"):
-                for number, raw in READERS[self.kind](part, self.section.column_name):
+            with blame(f"cannot read {name}"), opened(part) as f:
+                for number, raw in READERS[self.kind](f, self.section.column_name):
                     if (i, number) <= (first, last):
                         continue
                     if read == self.wanted.stop:
@@ -750,50 +750,46 @@ class Source:
                         yield (read, i, number), (name, number, raw)
 
 
-def json_lines(path, column: str):
+def json_lines(f, column: str):
     """Yield (line, its bytes) of each line that is not blank. The workers look the column up."""
-    with open_bytes(path) as f:
-        for line, raw in enumerate(f, 1):
-            if not raw.isspace():
-                yield line, raw
+    for line, raw in enumerate(f, 1):
+        if not raw.isspace():
+            yield line, raw
 
 
-def text_documents(path, column: str):
+def text_documents(f, column: str):
     """Yield (line, text) of each document between lines that hold <|endoftext|> alone.
 
     The line break before such a line, or before the end, belongs to the file and not to the document.
     """
     parts = []
-    with open_bytes(path) as f:
-        for line, raw in enumerate(itertools.chain(f, [b""]), 1):  # b"": the end
-            if raw and raw.strip() != SEPARATOR:
-                parts.append(raw)
-            elif raw or parts:
-                yield line - len(parts), b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
-                parts = []
+    for line, raw in enumerate(itertools.chain(f, [b""]), 1):  # b"": the end
+        if raw and raw.strip() != SEPARATOR:
+            parts.append(raw)
+        elif raw or parts:
+            yield line - len(parts), b"".join(parts).removesuffix(b"\n").removesuffix(b"\r")
+            parts = []
 
 
-def whole_text(path, column: str):
+def whole_text(f, column: str):
     """Yield a file as one document."""
-    with open_bytes(path) as f:
-        yield 1, f.read()
+    yield 1, f.read()
 
 
-def parquet_rows(file, column: str):
+def parquet_rows(f, column: str):
     """Yield (row, value) of a column of a parquet file."""
     from pyarrow.parquet import ParquetFile
 
-    with open_bytes(file) as f:
-        # Buffered, and in small batches: a row group, which `datasets` reads as a whole, may be larger than memory.
-        parquet = ParquetFile(f, buffer_size=1 << 20)
-        columns = [column] if column in parquet.schema_arrow.names else None
-        yield from table_rows(parquet.iter_batches(256, columns=columns), column)
+    # Buffered, and in small batches: a row group, which `datasets` reads as a whole, may be larger than memory.
+    parquet = ParquetFile(f, buffer_size=1 << 20)
+    columns = [column] if column in parquet.schema_arrow.names else None
+    return table_rows(parquet.iter_batches(256, columns=columns), column)
 
 
 def stream_rows(stream, column: str):
     """Yield (row, value) of a column of what `datasets` streams."""
     # Arrow's tables: to make Python objects of all columns here would take longer than to encode one in the workers.
-    yield from table_rows(stream.with_format("arrow").iter(256), column)
+    return table_rows(stream.with_format("arrow").iter(256), column)
 
 
 def table_rows(tables, column: str):
@@ -808,7 +804,7 @@ def table_rows(tables, column: str):
             yield number, value
 
 
-READERS = {
+READERS = {  # of a part that is opened
     ".jsonl": json_lines,
     ".txt": text_documents,
     ".py": whole_text,
@@ -833,13 +829,18 @@ def kind_of(file) -> str:
     return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix
 
 
-def open_bytes(file):
-    """A file on disk or on the hub opened for reading bytes, decompressed by its suffix, after a byte order mark."""
+def opened(part):
+    """A part as READERS take it, for `with`: a stream, or a file on disk or on the hub, opened for reading bytes.
+
+    A file is decompressed by its suffix, and stands after a byte order mark.
+    """
     import fsspec
 
+    if not isinstance(part, (str, Path)):
+        return contextlib.nullcontext(part)
     # The name of a file on disk may have characters that mean something in a URL.
-    f = open(file, "rb") if os.path.exists(file) else fsspec.open(file).open()
-    f = COMPRESSED.get(Path(file).suffix.lower(), io.BufferedReader)(f)
+    f = open(part, "rb") if os.path.exists(part) else fsspec.open(part).open()
+    f = COMPRESSED.get(Path(part).suffix.lower(), io.BufferedReader)(f)
     if f.peek(3).startswith(b"\xef\xbb\xbf"):
         f.read(3)
     return f

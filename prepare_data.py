@@ -730,7 +730,7 @@ class Source:
     section: DatasetConfig
     kind: str  # of READERS
     parts: dict  # by name
-    files: tuple = ()  # what `datasets` found: the hub's addresses hold the commit
+    version: tuple = ()  # what `datasets` found (the hub's addresses hold the commit), and when files on disk changed
     wanted: range = range(sys.maxsize)  # the rows of the split that are asked for
 
     def rows(self, place=START):
@@ -931,6 +931,7 @@ def open_source(c: DatasetConfig) -> Source:
         )
     else:
         source = Source(c, kinds.pop(), {str(file): file for file in files})
+    source.version += tuple(path.stat().st_mtime_ns for path in files)
     total = sys.maxsize
     if re.search("[%-]", "".join(bounds)):
         # A percentage, or a distance from the end. The rows are counted: what a dataset's card says may be untrue.
@@ -1205,8 +1206,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
         "eos_token_id": encoder.eos_token_id,
     }
     # Shards must not mix two versions of a source, which may have the same size.
-    versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
-    at_start = {"tokenizer": tokenizer, "modified": digest(versions)}
+    at_start = {"tokenizer": tokenizer, "modified": digest([source.version for source in sources.values()])}
     splits = {split: {"shards": []} for split in sources}
     record = record or {"source": here, **at_start, "splits": splits, "finished": False}
     check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")

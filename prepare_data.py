@@ -1074,7 +1074,8 @@ def write_shards(folder: Path, split: str, source: Source, pool, workers: int, s
     """
     from tqdm import tqdm
 
-    about = record["splits"][split]
+    # dataset.json lists a split from its first finished shard on.
+    about = record["splits"].setdefault(split, {"shards": []})
     shards = about["shards"]
     read = batches(source, shards[-1]["place"] if shards else START)
     # A batch is read and submitted when its task is taken from this generator.
@@ -1140,9 +1141,8 @@ def found_in(folder: Path, here: dict) -> dict:
     foreign = [*folder.glob("*.bin"), *folder.glob("tokenizer*.json")]
     if foreign and not record:
         raise UserError(f"{foreign[0]} was not written by a preparation: choose another path")
-    shards = [entry for about in record.get("splits", {}).values() for entry in about["shards"]]
     # No shard is finished: nothing is lost by starting again, with the source and config of now.
-    if not shards:
+    if not record.get("splits"):
         return {}
     # Keys that only the record has are not compared: the source of a finished folder may be gone.
     there = record["source"]
@@ -1152,7 +1152,8 @@ def found_in(folder: Path, here: dict) -> dict:
     if record["finished"]:
         print(f"{folder} is already prepared")
     else:
-        check_files(folder, shards)
+        for about in record["splits"].values():
+            check_files(folder, about["shards"])
     return record
 
 
@@ -1207,8 +1208,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     }
     # Shards must not mix two versions of a source, which may have the same size.
     at_start = {"tokenizer": tokenizer, "modified": digest([source.version for source in sources.values()])}
-    splits = {split: {"shards": []} for split in sources}
-    record = record or {"source": here, **at_start, "splits": splits, "finished": False}
+    record = record or {"source": here, **at_start, "splits": {}, "finished": False}
     check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     write_text(folder / "tokenizer.json", encoder.json.decode())

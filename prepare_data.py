@@ -656,11 +656,10 @@ def permuted(x: np.ndarray, n: int, key: int) -> np.ndarray:
     rounds = 6 * max(8, n.bit_length())
     keys = mix(key + np.arange(1, 2 * rounds + 1, dtype=np.uint64) * 0x9E3779B97F4A7C15)
     for pivot, coin in zip(keys[:rounds] % n, keys[rounds:]):
-        mirror = pivot - x
-        mirror = np.minimum(mirror, mirror + n)  # pivot - x modulo n: below 0, an unsigned number is huge
+        mirror = (pivot - x + n) % n  # + n: an unsigned number is never negative
         swap = mix(np.maximum(x, mirror) ^ coin) & 1
         x = np.where(swap, mirror, x)
-    return x.astype(np.int64)
+    return x
 
 
 def window_order(positions, n_windows: int, seed: int, shuffle_each_epoch: bool = True) -> np.ndarray:

@@ -66,20 +66,18 @@ ConfigLoader.add_implicit_resolver(
 )
 
 
-def load_yaml(text: str, what: str):
-    """The value of a YAML text. UserError, which begins with `what`, if it is not YAML."""
-    with blame(f"{what} is not YAML that can be read"):
-        # A few aliases are convenient; many of them, nested, expand to more than any memory holds.
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
-            raise ValueError("it has more than 20 aliases")
-        return yaml.load(text, ConfigLoader)
+def load_yaml(text: str):
+    """The value of a YAML text. Raises what the library raises, or ValueError."""
+    # A few aliases are convenient; many of them, nested, expand to more than any memory holds.
+    if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > 20:
+        raise ValueError("it has more than 20 aliases")
+    return yaml.load(text, ConfigLoader)
 
 
 def read_config(path, overrides=()) -> dict:
     """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
-    with blame(f"cannot read the config {path}"):
-        text = local(path).read_text(encoding="utf-8")
-    config = load_yaml(text, f"the config {path}")
+    with blame(f"cannot read the config {path} as YAML"):
+        config = load_yaml(local(path).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
@@ -87,7 +85,8 @@ def read_config(path, overrides=()) -> dict:
         if not equals:
             raise UserError(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4")
         # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
-        config = replaced(config, key.split("."), load_yaml(value, f"the value of {shown(override)}"))
+        with blame(f"cannot read the value of {shown(override)} as YAML"):
+            config = replaced(config, key.split("."), load_yaml(value))
     return two_sections(config) if "data" in config else config
 
 

@@ -204,7 +204,7 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
     encoder = info.encoder
     # Not the run's file itself: its tokenizer may add, pad or cut.
     spec = json.loads(encoder.json) | TEXT_ONLY
-    settings = json.loads(tokenizer_config(encoder.eos_token, for_transformers=True))
+    settings = json.loads(tokenizer_config(encoder.eos_token, split_special_tokens=True))
     settings |= {"bos_token": encoder.eos_token, "model_max_length": hf.config.max_position_embeddings}
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its place when all is in it.

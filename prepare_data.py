@@ -529,16 +529,14 @@ def train_bpe(source) -> bytes:
     return tok.to_str().encode()
 
 
-def tokenizer_config(eos_token: str, for_transformers: bool) -> str:
+def tokenizer_config(eos_token: str, **more) -> str:
     """The text of a tokenizer_config.json, with which transformers loads the tokenizer.json beside it.
 
-    for_transformers: special tokens in text are split, as in training. Otherwise they are recognized, for SPD and
-    param-decomp, which join documents with the EOS as text.
+    more: its further keys. With split_special_tokens=True special tokens in text are split, as in training. Without it
+    they are recognized, for SPD and param-decomp, which join documents with the EOS as text.
     """
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos_token, "pad_token": eos_token}
-    if for_transformers:
-        settings["split_special_tokens"] = True
-    return json.dumps(settings) + "\n"
+    return json.dumps(settings | more) + "\n"
 
 
 # -----------------------------------------------------------------------------
@@ -1210,7 +1208,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
     write_text(folder / "tokenizer.json", encoder.json.decode())
-    write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, for_transformers=True))
+    write_text(folder / "tokenizer_config.json", tokenizer_config(encoder.eos_token, split_special_tokens=True))
     with start_workers(workers, encoder) as pool:
         for split, source in sources.items():
             write_shards(folder, split, source, pool, workers, shard_tokens, record)

@@ -363,7 +363,7 @@ def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_pa
         "final_config.yaml": yaml.safe_dump(config_dict(c), sort_keys=False),
         "model_config.yaml": yaml.safe_dump(asdict(c.model), sort_keys=False),
         "tokenizer.json": encoder.json.decode(),
-        "tokenizer_config.json": tokenizer_config(encoder.eos_token, for_transformers=False),
+        "tokenizer_config.json": tokenizer_config(encoder.eos_token),
     }
     for name, text in texts.items():
         write_text(folder / name, text)

@@ -65,7 +65,7 @@ def write_run(folder: Path, model, tokenizer: str = BPE, eos: str = "<|endoftext
     loss = model(ids[:, :-1], ids[:, 1:])[1].item()
     check = {"step": 3, "val_loss": 2.5, "ids": ids[0].tolist(), "loss": loss}
     files = {"model_config.yaml": shape, "final_config.yaml": {"model": shape, "wandb_project": "tales"}}
-    files |= {"tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config(eos, False)}
+    files |= {"tokenizer.json": tokenizer, "tokenizer_config.json": tokenizer_config(eos)}
     write_files(folder, files | {"check.json": json.dumps(check), "checkpoints/model_step_3.pt": b""})
     torch.save(model.state_dict(), folder / "checkpoints" / "model_step_3.pt")
     return folder

@@ -48,7 +48,7 @@ def make_run(tmp_path):
         lines = [{"step": s, "train_loss": 5 - s / 10, "lr": 1e-3, "tokens": 48 * s} for s in range(1, 31)]
         lines += [{"step": s, "val_loss": v} for s, v in ((0, 5.5), (10, 4.25), (20, 3.5), (30, 3.75))]
         files = {"model_config.yaml": {k: v for k, v in shape.items() if k not in drop}, "final_config.yaml": config}
-        files |= {"tokenizer.json": BPE, "tokenizer_config.json": tokenizer_config("<|endoftext|>", False)}
+        files |= {"tokenizer.json": BPE, "tokenizer_config.json": tokenizer_config("<|endoftext|>")}
         files |= {"environment.json": '[{"started": "2026-01-02"}, {"device": "cpu"}]', "status": "interrupted\n"}
         files["metrics.jsonl"] = "\n".join(map(json.dumps, lines)) + '\n{"step": 31, "train_'  # it is being written
         write_files(folder, {file: content for file, content in files.items() if file not in drop})
@@ -168,7 +168,7 @@ def test_a_run_of_param_decomps(make_run, tmp_path):
 def test_text_gets_the_ids_of_training(make_run, spelled, end):
     """And the EOS is the one recorded with the run: a tokenizer may have several tokens that could end a document."""
     folder, (encode, eos) = make_run(), reference(spelled())
-    write_files(folder, {"tokenizer.json": spelled(), "tokenizer_config.json": tokenizer_config(end, False)})
+    write_files(folder, {"tokenizer.json": spelled(), "tokenizer_config.json": tokenizer_config(end)})
     info = PretrainRunInfo.from_path(folder)
     assert [info.load_tokenizer().encode(text).ids for text in NASTY] == [encode(text) for text in NASTY]
     assert info.eos_token_id == eos

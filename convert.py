@@ -204,8 +204,12 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
     encoder = info.encoder
     # Not the run's file itself: its tokenizer may add, pad or cut.
     spec = json.loads(encoder.json) | TEXT_ONLY
-    settings = json.loads(tokenizer_config(encoder.eos_token, split_special_tokens=True))
-    settings |= {"bos_token": encoder.eos_token, "model_max_length": hf.config.max_position_embeddings}
+    settings = tokenizer_config(
+        encoder.eos_token,
+        split_special_tokens=True,
+        bos_token=encoder.eos_token,
+        model_max_length=hf.config.max_position_embeddings,
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     # The folder gets its place when all is in it.
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as temporary:
@@ -215,7 +219,7 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
         for path in part.glob("*.safetensors"):
             path.chmod((part / "config.json").stat().st_mode)
         write_text(part / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
-        write_text(part / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+        write_text(part / "tokenizer_config.json", settings)
         # Text that looks like a special token must have the ids of training.
         theirs = import_transformers().AutoTokenizer.from_pretrained(part)
         for text in theirs.get_added_vocab():

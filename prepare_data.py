@@ -204,9 +204,6 @@ class DatasetConfig(Section):
         return Path("data") / re.sub(r"[^\w.-]+", "-", "-".join(filter(None, parts))).strip("-.")
 
 
-UNKNOWN_KEY = "extra_forbidden", "unexpected_keyword_argument"  # pydantic's names for it, in models and dataclasses
-
-
 def validated(cls, values, where: str = ""):
     """An instance of `cls`, a Section or a dataclass, made of the mapping `values`.
 
@@ -219,9 +216,8 @@ def validated(cls, values, where: str = ""):
     try:
         result = adapter.validate_python(values)
     except pydantic.ValidationError as e:
-        # Unknown keys first: one of them is often the missing key, misspelled.
-        first = min(e.errors(), key=lambda error: error["type"] not in UNKNOWN_KEY)
-        raise UserError(where + sentence(cls, first)) from e
+        # The last error, since unknown keys come last: one of them is often a missing key, misspelled.
+        raise UserError(where + sentence(cls, e.errors()[-1])) from e
     # pydantic accepts true as the number 1, "yes" as true, integers of any size, and text that neither file names nor
     # JSON can hold: with NUL bytes or lone surrogates.
     given = flat(values)
@@ -238,7 +234,8 @@ def sentence(cls, error: dict) -> str:
     """A pydantic error about a `cls` in one sentence that begins with the key."""
     name = ".".join(f"{part}"[:60] for part in error["loc"])
     keys = getattr(cls, "model_fields", None) or cls.__dataclass_fields__
-    if error["type"] in UNKNOWN_KEY:
+    # pydantic's names for an unknown key, in models and in dataclasses.
+    if error["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         near = difflib.get_close_matches(name, keys, n=1, cutoff=0)
         return f"{name} is an unknown key; the nearest valid key is {near[0]}"
     # The description tells what the user has to decide on.

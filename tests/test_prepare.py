@@ -749,7 +749,7 @@ BAD = {
     "not YAML": ({"config.yaml": "a: [1,\nb: }"}, "", "YAML"),
     "a key twice": ({"config.yaml": "a: {b: 1, c: 2, b: 3}\n"}, "", "b twice"),
     "an alias bomb": ({"config.yaml": BOMB}, "", "aliases"),
-    "unknown key": ({}, f"{T}.colum_name=x", f"{T}.colum_name nearest column_name"),
+    "unknown key": (keys(n_ctx=None), f"{T}.nctx=9", f"{T}.nctx nearest n_ctx"),
     "missing key": (keys(n_ctx=None), "", f"{T}.n_ctx tokens"),
     "misspelt override": ({}, "train_dataset_confg.split=train[:1]", f"train_dataset_confg {T}"),
     "both forms": ({}, "data.x=1", "data"),

@@ -342,13 +342,14 @@ def sha256_file(path: Path) -> str:
 
 
 def hold(folder: Path, doing: str, wait: bool = False):
-    """Hold `folder` for this process until the `with` block of the result, or the process, ends.
+    """Hold `folder`, made if needed, for this process until the `with` block of the result, or the process, ends.
 
     If another process holds it, raises UserError, or waits if `wait`. Where the file system has no locks, the result
     holds nothing. The lock file is never deleted: otherwise two processes could each lock a file of this name.
     """
     import filelock
 
+    folder.mkdir(parents=True, exist_ok=True)
     # A lock of the operating system: it ends with the process, even if that is killed.
     lock = filelock.FileLock(folder / ".lock")
     busy = f"another process is {doing} {folder}"
@@ -1184,7 +1185,6 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
     dataset.json is written again after each shard. A kill leaves at most one shard that dataset.json does not list yet;
     that shard is written again. here: the identity of each split. encoder: None if one is to be trained.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     lock = hold(folder, "preparing", wait=True)  # noqa: F841, released at the end of this function
     record = found_in(folder, here)  # again: another process may have been at work until now
     if record.get("finished"):

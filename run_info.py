@@ -280,7 +280,6 @@ def fetch(run: tuple, step: int | None, weights: bool) -> Path:
     if is_final and not missing_files(folder, listing, step, weights):
         return folder
 
-    folder.mkdir(parents=True, exist_ok=True)
     # Several processes of one job may ask at once: those that waited find all files downloaded.
     with hold(folder, "downloading to", wait=True):
         try:

@@ -29,7 +29,6 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Union
 from unittest import mock
@@ -329,7 +328,7 @@ def end_process(code: int):
 def new_folder(parent: Path) -> Path:
     """Make the folder of a new run, named by the time."""
     while True:
-        folder = parent / datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = parent / time.strftime("%Y-%m-%d_%H-%M-%S")
         try:
             folder.mkdir(parents=True)
             return folder
@@ -349,7 +348,7 @@ def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_pa
         git = subprocess.run("git rev-parse HEAD", shell=True, cwd=here, capture_output=True, text=True)
         write_text(code / "git_commit", git.stdout)
     start = {
-        "started": datetime.now().isoformat(timespec="seconds"),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "command": sys.argv,
         "git_commit": (code / "git_commit").read_text().strip() or None,
         "python": sys.version,

@@ -679,12 +679,11 @@ def load_pair(folder: Path, s: int) -> dict | None:
     """The state after s updates, its weights under "model"; None if a file is missing or cut short."""
     weights, optim = pair(folder, s)
     for path in weights, optim:
-        if not path.exists():
-            return None
         # A file that cannot be opened, unlike one that is cut short, ends the run: the fault may be temporary.
-        with open(path, "rb") as f:
-            if not zipfile.is_zipfile(f):
-                return None
+        try:
+            zipfile.ZipFile(path).close()
+        except (FileNotFoundError, zipfile.BadZipFile):
+            return None
     state = load_file(optim)
     about = json.loads(state["about"])
     if about["step"] != s or about["weights_sha256"] != sha256_file(weights):

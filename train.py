@@ -190,13 +190,6 @@ def check_same_run(there: dict, here: dict, what: str) -> None:
     check_same(there, here, f"{what} belongs to a run of another config (choose another run_dir)", FREE_KEYS)
 
 
-def print_help() -> None:
-    """Print the source of all config classes: every key with its type, bounds, default and meaning."""
-    print(__doc__)
-    for section in (Config, DatasetConfig, *MODEL_CONFIGS):
-        print(inspect.getsource(section))
-
-
 # -----------------------------------------------------------------------------
 # schedule
 
@@ -967,7 +960,10 @@ if __name__ == "__main__":
     args = [arg for arg in sys.argv[1:] if arg != "--check"]
     check = "--check" in sys.argv
     if set(args) <= {"-h", "--help"}:  # no config is named
-        print_help()
+        print(__doc__)
+        # The source tells every key with its type, bounds, default and meaning.
+        for section in (Config, DatasetConfig, *MODEL_CONFIGS):
+            print(inspect.getsource(section))
         sys.exit(0 if args else 2)  # without --help, a missing config is a mistake
     reports = os.environ.get("LOCAL_RANK", "0") == "0"  # all ranks of a node find the same mistake: one reports it
     warnings.formatwarning = lambda message, *_: f"train: {message}\n"

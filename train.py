@@ -612,8 +612,8 @@ def pair(folder: Path, s: int) -> tuple[Path, Path]:
 
 
 def saved_steps(folder: Path) -> list[int]:
-    """The updates whose optimizer's state is on disk, in order."""
-    return list(checkpoint_names((path.name for path in folder.glob("checkpoints/*")), "optim"))
+    """The updates whose optimizer's state is on disk, the newest first."""
+    return list(reversed(checkpoint_names((path.name for path in folder.glob("checkpoints/*")), "optim")))
 
 
 def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, with_optimizer: bool) -> None:
@@ -653,12 +653,12 @@ def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, w
     }
     with whole_file(optim) as f:
         torch.save(state, f)
-    delete_states(log.folder, log.c, saved_steps(log.folder)[:-2])
+    delete_states(log.folder, log.c, newest=2)
 
 
-def delete_states(folder: Path, c, steps: list[int]) -> None:
-    """Delete the files of these states that are not to be kept."""
-    for s in steps:
+def delete_states(folder: Path, c, newest: int = 0) -> None:
+    """Delete the files that are not to be kept of all states but the `newest` ones."""
+    for s in saved_steps(folder)[newest:]:
         weights, optim = pair(folder, s)
         is_kept = is_checkpoint(s, c)
         # The weights go first: after a kill in between, saved_steps still finds the pair by the other file.
@@ -700,7 +700,7 @@ BRANCH_SHARES = (
 def load_state(c, folder: Path | None, identity: dict) -> dict:
     """The newest whole state in `folder`, or that of branch_from, or NEW. Raises UserError if it is another run's."""
     # If this run was interrupted, its own state is newer than the one it branched from.
-    for s in reversed(saved_steps(folder) if folder else []):
+    for s in saved_steps(folder) if folder else []:
         if state := load_pair(folder, s):
             check_same_run(state["identity"], identity, f"the state after update {s} in {folder}")
             return state
@@ -800,7 +800,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
         check_same_run(read_config(folder / "final_config.yaml"), config_dict(c), c.run_dir)
         if not check and (folder / "status").read_text() == "finished\n":
             if p.rank == 0:
-                delete_states(folder, c, saved_steps(folder))  # the process may have been killed before it did this
+                delete_states(folder, c)  # the process may have been killed before it did this
                 print(f"{folder} holds this run, finished: nothing to do")
             return 0
     train_windows = open_windows(c, "train", c.train_dataset_config, config_path)
@@ -950,7 +950,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
                 log.upload_safetensors(model, s)
                 log.say(f"done: {folder}")
                 log.finish(0)
-                delete_states(folder, c, saved_steps(folder))
+                delete_states(folder, c)
     if p.world > 1:
         dist.barrier()  # the launcher may end the others when the first rank exits: rank 0 writes before that
     return INTERRUPTED if stopping else 0

@@ -44,7 +44,7 @@ MERGED = {".c_attn.": (".q_proj.", ".k_proj.", ".v_proj."), ".kv_attn.": (".k_pr
 
 
 def canonical(model) -> dict:
-    """{name in LlamaSimple's spelling: values, (out, in)} of every parameter, ours or Hugging Face's.
+    """{(name in LlamaSimple's spelling, shape): values, (out, in)} of every parameter, ours or Hugging Face's.
 
     They are views, but for q and k of ours with adjacent pairs: such a model is never the target (see our_config).
     """
@@ -56,32 +56,32 @@ def canonical(model) -> dict:
         # A name that is not known here stays as it is, and so finds no partner in the other model.
         for pattern, spelling in SPELLINGS:
             name = re.sub(pattern, spelling, name)
-        merged = next((part for part in MERGED if part in name), "")
-        parts = MERGED.get(merged, [""])
-        for part, rows in zip(parts, x.chunk(len(parts)), strict=True):
-            key = name.replace(merged, part)
+        keys = [name]
+        for merged, parts in MERGED.items():
+            if merged in name:
+                keys = [name.replace(merged, part) for part in parts]
+        for key, rows in zip(keys, x.chunk(len(keys)), strict=True):
             # RoPE turns two rows of a head together: 2i and 2i + 1 if adjacent, or else, as everywhere at Hugging
             # Face's, i and i + half.
             if getattr(c, "rotary_adjacent_pairs", False) and re.search(r"\.[qk]_proj\.", key):
                 half = c.n_embd // c.n_head // 2
                 rows = rows.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
-            values[key] = rows
+            values[key, rows.shape] = rows
     return values
 
 
 def copy_parameters(source, target) -> None:
     """Copy every parameter of `source` to `target`: one is our model, the other Hugging Face's.
 
-    Raises UserError if a parameter of either has no partner.
+    Raises UserError if a parameter of either has no partner of its name and shape.
     """
     here = canonical(source)
     there = canonical(target)
-    alone = {(name, x.shape) for name, x in here.items()} ^ {(name, x.shape) for name, x in there.items()}
-    if alone:
+    if alone := here.keys() ^ there.keys():
         raise UserError(f"{type(source).__name__} and {type(target).__name__} differ in {sorted(alone)[:8]}")
     with torch.no_grad():
-        for name, x in there.items():
-            x.copy_(here[name])
+        for key, x in there.items():
+            x.copy_(here[key])
 
 
 # -----------------------------------------------------------------------------

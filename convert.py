@@ -128,8 +128,11 @@ def hf_fields(cls, c) -> dict:
     # A merged c_attn has as many key/value heads as query heads.
     if not c.use_grouped_query_attention:
         fields["num_key_value_heads"] = c.n_head
-    fields |= {"head_dim": c.n_embd // c.n_head, "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu"}
-    return fields | {"rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base}}
+    return fields | {
+        "head_dim": c.n_embd // c.n_head,
+        "hidden_act": "gelu_pytorch_tanh" if kind == "arcee" else "silu",
+        "rope_parameters": {"rope_type": "default", "rope_theta": c.rotary_base},
+    }
 
 
 def from_hugging_face(cls, name: str):
@@ -197,7 +200,6 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
 
     Raises UserError if Hugging Face cannot express the model, or if there is something in `folder`.
     """
-    folder = local(folder)
     if folder.is_file() or any(folder.glob("*")):
         raise UserError(f"{folder} exists already: name a new folder, or an empty one")
     hf = hf_model(info)
@@ -276,7 +278,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
         raise UserError(f"{run_path} is not a valid name: use --as PROJECT/RUN_ID, with an id such as t-0123abcd")
 
     # Their loader takes the entry if it has a model_config.yaml and exactly one safetensors: the weights come last.
-    folder = local(data_root).absolute() / "pretrain_cache" / "-".join(found[1:])
+    folder = data_root.absolute() / "pretrain_cache" / "-".join(found[1:])
     folder.mkdir(parents=True, exist_ok=True)
     for stale in (*folder.glob("model_step_*.safetensors"), *folder.glob("check.json")):
         stale.unlink()
@@ -301,8 +303,8 @@ def main() -> None:
     parser.add_argument("run", help="a run folder, a checkpoint or a W&B path")
     parser.add_argument("--step", type=int, help="the checkpoint after this many updates (default: the last)")
     to = parser.add_mutually_exclusive_group(required=True)
-    to.add_argument("--hf", type=Path, metavar="DIR", help="a folder that Hugging Face's transformers loads")
-    to.add_argument("--param-decomp", type=Path, metavar="DATA_ROOT", help="an entry of DATA_ROOT/pretrain_cache/")
+    to.add_argument("--hf", type=local, metavar="DIR", help="a folder that Hugging Face's transformers loads")
+    to.add_argument("--param-decomp", type=local, metavar="DATA_ROOT", help="an entry of DATA_ROOT/pretrain_cache/")
     parser.add_argument("--as", dest="name", metavar="PROJECT/RUN_ID", help="the entry's name (default: the W&B run's)")
     args = parser.parse_args()
     if args.name and not args.param_decomp:

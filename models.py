@@ -173,9 +173,9 @@ class CausalSelfAttention(nn.Module):
         if self.flash_attention:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            att = q @ k.transpose(-2, -1) / math.sqrt(self.head_dim)  # (B, nh, T, T)
-            future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-            y = self.softmax(att.masked_fill(future, float("-inf"))) @ v
+            att = q @ k.mT / math.sqrt(self.head_dim)  # (B, nh, T, T)
+            mask = nn.Transformer.generate_square_subsequent_mask(T, device=att.device, dtype=att.dtype)
+            y = self.softmax(att + mask) @ v
         return getattr(self, self.out)(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -250,18 +250,11 @@ target:
 PARAM_DECOMP_WEIGHTS = r"(wte|ln_f|h\.\d+\.(rms_[12]|attn\.[qkvo]_proj|mlp\.(c_fc|down_proj)))\.weight"
 
 
-def own_name(info: PretrainRunInfo, data: bytes) -> str:
-    """entity/project/run id of the run on W&B (of its copy, or of the one that logged there), or one made of `data`."""
-    id_file = info.folder / "wandb_run_id"
-    run_id = id_file.read_text().strip() if id_file.exists() else f"t-{hashlib.sha256(data).hexdigest()[:8]}"
-    own = f"local/{info.config_dict.get('wandb_project') or 'pretrain'}/{run_id}"
-    return read_json(info.folder / LISTING, {"run": own})["run"]
-
-
 def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None) -> str:
     """Write the run as an entry of param-decomp's pretrain_cache/; returns the YAML lines that name it there.
 
-    `name` is PROJECT/RUN_ID. Raises UserError for a model that param-decomp's LlamaSimpleMLP is not.
+    `name` is PROJECT/RUN_ID; None: that of the run on W&B, or else an id made of the weights. Raises UserError for a
+    model that param-decomp's LlamaSimpleMLP is not.
     """
     from safetensors.torch import save
 
@@ -272,7 +265,11 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
     if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
         raise UserError(f"param-decomp's LlamaSimpleMLP has no {unknown}")
     data = save(weights)
-    run_path = f"local/{name}" if name else own_name(info, data)
+    # The run may have logged to W&B, or be a copy from there.
+    id_file = info.folder / "wandb_run_id"
+    run_id = id_file.read_text() if id_file.exists() else f"t-{hashlib.sha256(data).hexdigest()[:8]}"
+    own = f"local/{info.config_dict.get('wandb_project') or 'pretrain'}/{run_id}"
+    run_path = f"local/{name}" if name else read_json(info.folder / LISTING, {"run": own})["run"]
     found = wandb_run(run_path)
     if not found:
         raise UserError(f"{run_path} is not a valid name: use --as PROJECT/RUN_ID, with an id such as t-0123abcd")

@@ -75,9 +75,10 @@ class PretrainRunInfo:
         if on_wandb and not any(place.glob("*")):
             place = fetch(on_wandb, step, weights)
         # A checkpoint is in its run folder's checkpoints/ folder; in W&B's copies it is in the run folder itself.
-        around = (place, *place.parents[:2]) if os.path.exists(place) else ()
-        folder = next((folder for folder in around if (folder / "model_config.yaml").exists()), None)
-        if not folder:
+        for folder in place, *place.parents[:2]:
+            if os.path.exists(place) and (folder / "model_config.yaml").exists():
+                break
+        else:
             raise RunNotFound(f"no run at {place}: name a folder with a model_config.yaml or a W&B run ({WANDB_FORMS})")
         found = checkpoints_in(folder)
         checkpoint = None

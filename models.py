@@ -164,7 +164,6 @@ class CausalSelfAttention(nn.Module):
         return q, k
 
     def forward(self, x):
-        B, T, C = x.shape
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for z in self.qkv(x))  # (B, heads, T, hs)
         q, k = self.add_positions(q, k)
         if self.repeat_kv_heads > 1:
@@ -174,9 +173,9 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             att = q @ k.mT / math.sqrt(self.head_dim)  # (B, nh, T, T)
-            mask = nn.Transformer.generate_square_subsequent_mask(T, device=att.device, dtype=att.dtype)
+            mask = nn.Transformer.generate_square_subsequent_mask(att.shape[-1], att.device, att.dtype)
             y = self.softmax(att + mask) @ v
-        return getattr(self, self.out)(y.transpose(1, 2).reshape(B, T, C))
+        return getattr(self, self.out)(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class RotaryAttention(CausalSelfAttention):

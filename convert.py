@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from models import untied_weights
+from models import compare_with_check, untied_weights
 from prepare_data import TEXT_ONLY, UserError, check_same, local, tokenizer_config, validated, whole_file, write_text
 from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
 
@@ -261,6 +261,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
     model = info.load_model()
     c = model.config
     check_same(vars(c) | PARAM_DECOMP_FIELDS, vars(c), "param-decomp's LlamaSimpleMLP is another model")
+    check = compare_with_check(model, info.checkpoint_path)  # as load_model has done
     weights = untied_weights(model)
     if unknown := [key for key in weights if not re.fullmatch(PARAM_DECOMP_WEIGHTS, key)]:
         raise UserError(f"param-decomp's LlamaSimpleMLP has no {unknown}")
@@ -281,12 +282,9 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
         stale.unlink()
     shape = vars(c) | {"rotary_dim": c.n_embd // c.n_head}
     write_text(folder / "model_config.yaml", yaml.safe_dump(shape, sort_keys=False))
-    # Its readers can compare, too: load_model has done so, if check.json is of this step.
-    check = read_json(info.folder / "check.json", {})
-    checkpoint = info.checkpoint_path.stem
-    if checkpoint == f"model_step_{check.get('step')}":
+    if check:  # its readers can compare, too
         write_text(folder / "check.json", json.dumps(check) + "\n")
-    with whole_file(folder / f"{checkpoint}.safetensors") as f:
+    with whole_file(folder / f"{info.checkpoint_path.stem}.safetensors") as f:
         f.write(data)
     return f"wrote {folder}\n{PARAM_DECOMP_TARGET}    run_path: {run_path}"
 

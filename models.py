@@ -566,17 +566,18 @@ def load_file(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
-    """Raise ValueError if the run's check.json is of this checkpoint and the model's loss is not the one in it.
+def compare_with_check(model: LanguageModel, checkpoint: Path) -> dict:
+    """The run's check.json, or {} if it has none of this checkpoint.
 
     check.json holds a window of n_ctx + 1 token ids and the loss that the model had on it when it was saved. Weights
     can load without an error into a model that computes something else: other RoPE frequencies, another epsilon.
+    Raises ValueError if the model's loss is not the one in check.json.
     """
     # The run's folder is checkpoints/'s parent, or, in a copy from W&B, the checkpoint's own.
     files = [folder / "check.json" for folder in checkpoint.parents[:2] if (folder / "check.json").exists()]
     check = json.loads(files[0].read_text()) if files else {}
     if checkpoint.stem != f"model_step_{check.get('step')}":
-        return
+        return {}
     ids = torch.tensor(check["ids"])[None]  # (1, n_ctx + 1)
     with torch.no_grad():
         loss = model(ids[:, :-1], ids[:, 1:], return_logits=False)[1].item()
@@ -585,6 +586,7 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> None:
             f"the model loaded from {checkpoint} is not the one that was trained: its loss on the ids in check.json is "
             f"{loss:.4f}, and was {check['loss']:.4f}"
         )
+    return check
 
 
 # -----------------------------------------------------------------------------

@@ -185,11 +185,6 @@ def config_dict(c) -> dict:
     return c.model_dump(mode="json") | {"run_dir": None}
 
 
-def check_same_run(there: dict, here: dict, what: str) -> None:
-    """Raise UserError, naming the keys, if two configs, `there` that of `what`, are not those of one run."""
-    check_same(there, here, f"{what} belongs to a run of another config (choose another run_dir)", FREE_KEYS)
-
-
 # -----------------------------------------------------------------------------
 # schedule
 
@@ -702,7 +697,8 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
     # If this run was interrupted, its own state is newer than the one it branched from.
     for s in saved_steps(folder) if folder else []:
         if state := load_pair(folder, s):
-            check_same_run(state["identity"], identity, f"the state after update {s} in {folder}")
+            complaint = f"{folder}'s state after update {s} is of a run of another config (choose another run_dir)"
+            check_same(state["identity"], identity, complaint)
             return state
         print(f"the state after update {s} is corrupted: trying an earlier one", file=sys.stderr)
     if c.branch_from is None:
@@ -797,7 +793,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     folder = local(c.run_dir) if c.run_dir else None
     parent = local(c.output_dir or out_dir() / "target_models")  # of a new run
     if folder and (folder / "final_config.yaml").exists():
-        check_same_run(read_config(folder / "final_config.yaml"), config_dict(c), c.run_dir)
+        complaint = f"{c.run_dir} holds a run of another config (choose another run_dir)"
+        check_same(read_config(folder / "final_config.yaml"), config_dict(c), complaint, FREE_KEYS)
         if not check and (folder / "status").read_text() == "finished\n":
             if p.rank == 0:
                 delete_states(folder, c)  # the process may have been killed before it did this

@@ -140,18 +140,21 @@ def flat(value, prefix: str = "") -> dict:
     return out
 
 
-def differences(there: dict, here: dict, ignored=()) -> list[str]:
-    """["a.b 1 there, 2 here", ...]: the keys in which two mappings, with or without sections, do not agree."""
+def differences(there: dict, here: dict, ignored=(), begin="") -> list[str]:
+    """["a.b 1 there, 2 here", ...]: the keys in which two mappings, with or without sections, do not agree.
+
+    Only keys that begin with `begin`, or with one of several such texts, are compared; those in `ignored` are not.
+    """
     there = flat(there)
     here = flat(here)
     # A key that one side lacks counts as null there.
-    keys = [k for k in there | here if there.get(k) != here.get(k) and k not in ignored]
+    keys = [k for k in there | here if k.startswith(begin) and k not in ignored and there.get(k) != here.get(k)]
     return [f"{k} {shown(there.get(k))} there, {shown(here.get(k))} here" for k in keys]
 
 
-def check_same(there: dict, here: dict, complaint: str, ignored=()) -> None:
+def check_same(there: dict, here: dict, complaint: str, ignored=(), begin="") -> None:
     """UserError, which begins with `complaint` and names the keys, if two mappings do not agree."""
-    if differ := differences(there, here, ignored):
+    if differ := differences(there, here, ignored, begin):
         raise UserError(f"{complaint}: {'; '.join(differ)}")
 
 

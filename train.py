@@ -680,15 +680,15 @@ def load_pair(folder: Path, s: int) -> dict | None:
 
 
 NEW = {"step": 0, "lines": {"metrics.jsonl": 0, "samples.jsonl": 0}}  # the state of a run that has saved none
-# What a branch must have in common with its run, as differences() writes it.
+# What a branch must have in common with its run: how the keys of its identity begin.
 BRANCH_SHARES = (
-    "data_sha256.0 ",  # of the training data
+    "data_sha256.0",  # of the training data
     "model.",
-    "batch_size ",
-    "seed ",
-    "optimizer ",
-    "train_dataset_config.seed ",
-    "train_dataset_config.shuffle_each_epoch ",
+    "batch_size",
+    "seed",
+    "optimizer",
+    "train_dataset_config.seed",
+    "train_dataset_config.shuffle_each_epoch",
 )
 
 
@@ -710,9 +710,8 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
             f"branch_from {folder} has no whole state after update {c.branch_step}, only after {saved_steps(folder)}: "
             "with keep_optimizer a finished run keeps the states of its checkpoints"
         )
-    differ = differences(state["identity"], identity, ("model.flash_attention", "model.rotary_dim"))
-    if differ := [d for d in differ if d.startswith(BRANCH_SHARES)]:
-        raise UserError(f"a branch must have branch_from's shapes and order of data: {'; '.join(differ)} differ")
+    complaint = "a branch must have branch_from's shapes and order of data"
+    check_same(state["identity"], identity, complaint, {"model.flash_attention", "model.rotary_dim"}, BRANCH_SHARES)
     return state | {"lines": NEW["lines"]}
 
 

@@ -172,11 +172,11 @@ def checkpoint_names(names, kind: str = "model") -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
-def checkpoints_in(folder: Path) -> dict[int, Path]:
-    """Updates done -> checkpoint file, in order. W&B's copies have no checkpoints/: the files are in the folder."""
-    files = *folder.glob("model_step_*"), *folder.glob("checkpoints/model_step_*")
+def checkpoints_in(folder: Path, kind: str = "model") -> dict[int, Path]:
+    """Updates done -> file, in order. W&B's copies have no checkpoints/: the files are in the folder."""
+    files = *folder.glob("*_step_*"), *folder.glob("checkpoints/*_step_*")
     paths = {path.name: path for path in files}
-    return {step: paths[name] for step, name in checkpoint_names(paths).items()}
+    return {step: paths[name] for step, name in checkpoint_names(paths, kind).items()}
 
 
 def at_step(checkpoints: dict, step: int | None):

@@ -69,7 +69,7 @@ from prepare_data import (
 from run_info import (
     SAMPLE_TOKENS,
     SMALL_FILES,
-    checkpoint_names,
+    checkpoints_in,
     out_dir,
     plot_losses,
     pretrained_model,
@@ -603,12 +603,12 @@ def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 def pair(folder: Path, s: int) -> tuple[Path, Path]:
     """Where the weights and the optimizer's state after s updates are."""
-    return folder / "checkpoints" / f"model_step_{s}.pt", folder / "checkpoints" / f"optim_step_{s}.pt"
+    return folder / f"checkpoints/model_step_{s}.pt", folder / f"checkpoints/optim_step_{s}.pt"
 
 
 def saved_steps(folder: Path) -> list[int]:
     """The updates whose optimizer's state is on disk, the newest first."""
-    return list(reversed(checkpoint_names((path.name for path in folder.glob("checkpoints/*")), "optim")))
+    return list(reversed(checkpoints_in(folder, "optim")))
 
 
 def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, with_optimizer: bool) -> None:

@@ -20,7 +20,7 @@ import yaml
 
 from models import compare_with_check, untied_weights
 from prepare_data import TEXT_ONLY, UserError, check_same, local, tokenizer_config, validated, whole_file, write_text
-from run_info import LISTING, PretrainRunInfo, in_short, read_json, wandb_run
+from run_info import LISTING, PretrainRunInfo, blame, read_json, wandb_run
 
 # -----------------------------------------------------------------------------
 # one spelling of all models' parameters
@@ -140,11 +140,9 @@ def from_hugging_face(cls, name: str):
 
     Raises UserError if it cannot be loaded, or does not compute exactly what `cls` does.
     """
-    try:
+    with blame(f"{name} is no run, nor can Hugging Face load it"):
         transformers = import_transformers()
         given = transformers.AutoConfig.from_pretrained(name)
-    except (ImportError, OSError, ValueError) as e:  # OSError: no such model, no network; ValueError: not known
-        raise UserError(f"{name} is no run, nor can Hugging Face load it: {in_short(e)}") from e
     model = cls(our_config(cls, given, name))
     hf, report = transformers.AutoModelForCausalLM.from_pretrained(name, output_loading_info=True)
     # transformers draws at random what a file lacks, and leaves out what it does not know.

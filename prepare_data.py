@@ -122,7 +122,7 @@ def blame(what: str):
     """Turn an error of a library, which may raise errors of any kind, into a UserError that begins with `what`."""
     try:
         yield
-    except (UserError, ImportError):
+    except UserError:
         raise
     except Exception as e:
         raise UserError(f"{what} ({in_short(e)})") from e

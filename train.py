@@ -941,7 +941,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
                 with torch.no_grad():
                     _, loss = model(ids[:, :-1], ids[:, 1:])
                 value = {"step": s, "val_loss": val_loss, "ids": ids[0].tolist(), "loss": loss.item()}
-                write_text(folder / "check.json", json.dumps(value) + "\n")
+                write_json(folder / "check.json", value)
                 log.upload(folder / "check.json")
                 log.upload_safetensors(model, s)
                 log.say(f"done: {folder}")

@@ -547,7 +547,7 @@ class LanguageModel(nn.Module):
         """
         from run_info import pretrained_model
 
-        return pretrained_model(cls, path)[0]
+        return pretrained_model(cls, path)
 
 
 def untied_weights(model) -> dict:

@@ -187,8 +187,8 @@ def at_step(checkpoints: dict, step: int | None):
     return checkpoints[wanted]
 
 
-def pretrained_model(cls, path) -> tuple:
-    """(model of the class `cls`, where it was found): a run, as PretrainRunInfo.from_path finds it, or Hugging Face's.
+def pretrained_model(cls, path):
+    """The model of the class `cls` at `path`: a run, as PretrainRunInfo.from_path finds it, or Hugging Face's.
 
     Hugging Face's models are folders with a config.json, and names of one or two parts (gpt2, org/name) where there is
     no such file or folder. Raises UserError.
@@ -198,9 +198,8 @@ def pretrained_model(cls, path) -> tuple:
     if is_name or (place / "config.json").exists():
         from convert import from_hugging_face
 
-        return from_hugging_face(cls, str(place)), path
-    info = PretrainRunInfo.from_path(path)
-    return info.load_model(cls), info.checkpoint_path
+        return from_hugging_face(cls, str(place))
+    return PretrainRunInfo.from_path(path).load_model(cls)
 
 
 def data_of_update(info: PretrainRunInfo, update: int) -> dict:

@@ -72,7 +72,6 @@ from run_info import (
     checkpoints_in,
     out_dir,
     plot_losses,
-    pretrained_model,
     read_metrics,
 )
 
@@ -726,9 +725,9 @@ def restore(state: dict, model, optimizers: list, scaler) -> None:
         scaler.load_state_dict(state["scaler"])
 
 
-def load_pretrained(model, path: str) -> str:
-    """Copy the weights that from_pretrained finds at `path` into `model`; their source. Raises UserError."""
-    found, source = pretrained_model(type(model), path)
+def load_pretrained(model, path: str) -> None:
+    """Copy the weights that from_pretrained finds at `path` into `model`. Raises UserError."""
+    found = model.from_pretrained(path)
     # Comparing shapes is not enough: rotary_base, for example, changes the outputs but no shape.
     free = {"flash_attention", "rotary_dim"}
     if hasattr(found.config, "n_ctx"):
@@ -736,7 +735,6 @@ def load_pretrained(model, path: str) -> str:
     complaint = f"the weights of {path} do not fit the model of this config"
     check_same(asdict(found.config), asdict(model.config), complaint, free)
     model.load_state_dict(found.state_dict())
-    return str(source)
 
 
 # -----------------------------------------------------------------------------
@@ -810,9 +808,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     state = load_state(c, folder, identity)
     has_state = state is not NEW
     start = state["step"]
-    source = f"seed {c.init_seed}"  # of the first weights
     if c.from_pretrained and not has_state:
-        source = load_pretrained(model, c.from_pretrained)
+        load_pretrained(model, c.from_pretrained)
     if check:
         print(folder or f"{parent}/")
         return 0
@@ -848,6 +845,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     updates = start if c.inference_only else c.num_iterations
 
     with Log(folder, c, p, dict(state["lines"]), peak_rate) as log:
+        source = c.from_pretrained or f"seed {c.init_seed}"  # of the first weights
         n_params = sum(w.numel() for w in model.parameters())
         epochs = updates * c.batch_size / train_windows.n_windows
         log.say(

@@ -552,8 +552,7 @@ class LanguageModel(nn.Module):
 
 def untied_weights(model) -> dict:
     """The weights as param-decomp's safetensors hold them: float32, and the tied weight once, as wte.weight."""
-    twice = "lm_head.weight" if model.is_tied() else None
-    return {name: w.float().contiguous() for name, w in model.state_dict().items() if name != twice}
+    return {name: w.detach().float().contiguous() for name, w in model.named_parameters()}
 
 
 def load_file(path):

@@ -726,16 +726,15 @@ class Source:
 
     section: DatasetConfig
     kind: str  # of READERS
-    parts: dict  # by name
+    parts: list  # files, or streams
     version: tuple = ()  # what `datasets` found (the hub's addresses hold the commit), and when files on disk changed
     wanted: range = range(sys.maxsize)  # the rows of the split that are asked for
 
     def rows(self, place=START):
         """Yield (place, (name of the part, number, raw)) of each row of the split after `place`."""
         read, first, last = place
-        for i, (name, part) in enumerate(self.parts.items()):
-            if i < first:
-                continue
+        for i, part in enumerate(self.parts[first:], first):
+            name = f"{self.section.name}, part {i}" if self.kind == "stream" else part
             with blame(f"cannot read {name}"), opened(part) as f:
                 for number, raw in READERS[self.kind](f, self.section.column_name):
                     if (i, number) <= (first, last):
@@ -866,7 +865,7 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
         saved = datasets.load_from_disk(name)
         if not isinstance(saved, dict):
             saved = {"train": saved, f"{saved.split}": saved}
-        return Source(c, "stream", {c.name: saved[split].to_iterable_dataset()})
+        return Source(c, "stream", [saved[split].to_iterable_dataset()])
     resolve = datasets.data_files.resolve_pattern
 
     def resolve_in(pattern, base_path, **options):
@@ -884,14 +883,14 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
         print(f"note: {len(unused)} files are in no split, such as {min(unused)}")
     # These are read here: `datasets` would need more time and memory, and take every line of a .txt for a document.
     if len(kinds) == 1 and kinds <= READERS.keys():
-        return Source(c, kinds.pop(), {file: file for file in found}, found)
+        return Source(c, kinds.pop(), list(found), found)
     if kinds and builder.name == "text":
         raise UserError(
             f"{c.name}: found files of the kinds {sorted(kinds)}; wanted is .txt, or .txt.gz, .xz, .bz2 or .zst"
         )
     stream = builder.as_streaming_dataset(split)
     n = stream.num_shards
-    return Source(c, "stream", {f"{c.name}, part {i}": stream.shard(n, i) for i in range(n)}, found)
+    return Source(c, "stream", [stream.shard(n, i) for i in range(n)], found)
 
 
 def files_named(c: DatasetConfig) -> list[Path]:
@@ -927,7 +926,7 @@ def open_source(c: DatasetConfig) -> Source:
             f"split train or a slice of it, not {c.split}"
         )
     else:
-        source = Source(c, kinds.pop(), {str(file): file for file in files})
+        source = Source(c, kinds.pop(), files)
     source.version += tuple(path.stat().st_mtime_ns for path in files)
     total = sys.maxsize
     if re.search("[%-]", "".join(bounds)):

@@ -779,25 +779,22 @@ def parquet_rows(f, column: str):
     # Buffered, and in small batches: a row group, which `datasets` reads as a whole, may be larger than memory.
     parquet = ParquetFile(f, buffer_size=1 << 20)
     columns = [column] if column in parquet.schema_arrow.names else None
-    return table_rows(parquet.iter_batches(256, columns=columns), column)
+    return enumerate(column_values(parquet.iter_batches(256, columns=columns), column), 1)
 
 
 def stream_rows(stream, column: str):
     """Yield (row, value) of a column of what `datasets` streams."""
     # Arrow's tables: to make Python objects of all columns here would take longer than to encode one in the workers.
-    return table_rows(stream.with_format("arrow").iter(256), column)
+    return enumerate(column_values(stream.with_format("arrow").iter(256), column), 1)
 
 
-def table_rows(tables, column: str):
-    """Yield (row, value) of a column of Arrow's tables or record batches."""
-    number = 0
+def column_values(tables, column: str):
+    """Yield the values of a column of Arrow's tables or record batches."""
     for table in tables:
         if column not in table.schema.names:
             raise ValueError(f"it has no column {column} (column_name), but {', '.join(table.schema.names)}")
         # Lists of ids become arrays: to send Python's integers to a worker takes longer than to encode text.
-        for value in table.column(column).to_numpy(zero_copy_only=False):
-            number += 1
-            yield number, value
+        yield from table.column(column).to_numpy(zero_copy_only=False)
 
 
 READERS = {  # of a part that is opened

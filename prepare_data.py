@@ -481,7 +481,7 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
     """tiktoken's gpt2: the ids of the hub's gpt2, several times faster. data: its tokenizer.json, if known."""
     import tiktoken
     from tiktoken.load import read_file_cached
-    from tokenizers import models
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     with blame(
@@ -492,8 +492,11 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
             # The hub's tokenizer.json of gpt2 is made of these same two files.
             vocab = json.loads(read_file_cached(f"{files}encoder.json"))
             merges = read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]
-            bpe = models.BPE(vocab, [tuple(line.split()) for line in merges])
-            data = byte_level_bpe(bpe).to_str().encode()
+            tok = Tokenizer(models.BPE(vocab, [tuple(line.split()) for line in merges]))
+            tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tok.decoder = decoders.ByteLevel()
+            tok.add_special_tokens(["<|endoftext|>"])
+            data = tok.to_str().encode()
 
     def encode_batch(texts):
         return [enc.encode_to_numpy(t, disallowed_special=()) for t in texts]
@@ -501,32 +504,19 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
     return TextEncoder("gpt2", data, enc.n_vocab, enc.eot_token, "<|endoftext|>", encode_batch, enc.decode_batch)
 
 
-def byte_level_bpe(model):
-    """A tokenizers.Tokenizer around `model` (a tokenizers BPE) that splits text and spells bytes as GPT-2 does."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-
-    tok = Tokenizer(model)
-    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.decoder = decoders.ByteLevel()
-    tok.add_special_tokens(["<|endoftext|>"])
-    return tok
-
-
 def train_bpe(source) -> bytes:
     """The tokenizer.json of a byte-level BPE trained on the rows of a split."""
-    from tokenizers import models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
     c = source.section
-    print(f"training a byte-level BPE of {c.train_tokenizer_vocab_size} tokens", file=sys.stderr)
-    tok = byte_level_bpe(models.BPE())
-    # All 256 bytes are in the vocabulary, so that it can spell any text; sorted, so that ids do not vary.
-    trainer = trainers.BpeTrainer(
-        vocab_size=c.train_tokenizer_vocab_size,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tok.train_from_iterator((parse_rows(c, source.kind, 0, rows) for rows, _ in batches(source)), trainer)
+    size = c.train_tokenizer_vocab_size
+    print(f"training a byte-level BPE of {size} tokens", file=sys.stderr)
+    # All 256 bytes will be in the vocabulary, so that it can spell any text.
+    tok = ByteLevelBPETokenizer()
+    tok.post_processor = None  # it would only trim offsets
+    tok.add_special_tokens(["<|endoftext|>"])  # so that no merge is learned from it where it stands in text
+    texts = (parse_rows(c, source.kind, 0, rows) for rows, _ in batches(source))
+    tok.train_from_iterator(texts, size, min_frequency=0, show_progress=False, special_tokens=["<|endoftext|>"])
     return tok.to_str().encode()
 
 

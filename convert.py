@@ -20,7 +20,7 @@ import yaml
 
 from models import compare_with_check, untied_weights
 from prepare_data import TEXT_ONLY, UserError, check_same, local, tokenizer_config, validated, whole_file, write_text
-from run_info import LISTING, PretrainRunInfo, blame, read_json, wandb_run
+from run_info import LISTING, PretrainRunInfo, blame, read_json, wandb_run, write_json
 
 # -----------------------------------------------------------------------------
 # one spelling of all models' parameters
@@ -218,7 +218,7 @@ def export_hf(info: PretrainRunInfo, folder: Path) -> None:
         # safetensors makes files that only their owner can read, also on a shared disk.
         for path in part.glob("*.safetensors"):
             path.chmod((part / "config.json").stat().st_mode)
-        write_text(part / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
+        write_json(part / "tokenizer.json", spec)
         write_text(part / "tokenizer_config.json", settings)
         # Text that looks like a special token must have the ids of training.
         theirs = import_transformers().AutoTokenizer.from_pretrained(part)
@@ -281,7 +281,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
     shape = vars(c) | {"rotary_dim": c.n_embd // c.n_head}
     write_text(folder / "model_config.yaml", yaml.safe_dump(shape, sort_keys=False))
     if check:  # its readers can compare, too
-        write_text(folder / "check.json", json.dumps(check) + "\n")
+        write_json(folder / "check.json", check)
     with whole_file(folder / f"{info.checkpoint_path.stem}.safetensors") as f:
         f.write(data)
     return f"wrote {folder}\n{PARAM_DECOMP_TARGET}    run_path: {run_path}"

@@ -351,11 +351,6 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
-def curve(metrics: list[dict], name: str) -> list[tuple]:
-    """[(step, value), ...] of one metric, such as "val_loss"."""
-    return [(line["step"], line[name]) for line in metrics if name in line]
-
-
 def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
     """Draw the losses of {label: metrics} over updates, as PNG. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
@@ -364,7 +359,7 @@ def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
     ax = fig.subplots()
     for label, metrics in runs.items():
         for name, said, style in (("train_loss", "training, smoothed", "-"), ("val_loss", "validation", ".-")):
-            points = np.transpose(curve(metrics, name))  # (2, n): steps and losses
+            points = np.transpose([(line["step"], line[name]) for line in metrics if name in line])  # (2, n)
             if not points.size:
                 continue
             # One update's loss is that of one batch, and noisy: it is drawn in grey behind its running mean.
@@ -387,12 +382,12 @@ SAMPLE_TOKENS = 128
 
 def summary(metrics: list[dict], name: str) -> dict | None:
     """First, best and last value of a loss, each with its step; None if it was never recorded."""
-    points = curve(metrics, name)
-    if not points:
+    lines = [line for line in metrics if name in line]
+    if not lines:
         return None
-    best = min(points, key=lambda point: point[1])
-    chosen = {"first": points[0], "best": best, "last": points[-1]}
-    return {which: {"loss": round(loss, 4), "step": step} for which, (step, loss) in chosen.items()}
+    best = min(lines, key=lambda line: line[name])
+    chosen = {"first": lines[0], "best": best, "last": lines[-1]}
+    return {which: {"loss": round(line[name], 4), "step": line["step"]} for which, line in chosen.items()}
 
 
 def facts(info: PretrainRunInfo) -> dict:

@@ -158,8 +158,11 @@ def our_config(cls, given, name: str):
         raise UserError(f"{name} is Hugging Face's {given.model_type}, which is not a {cls.__name__}")
     fields = {ours: getattr(given, theirs) for ours, theirs in HF_NAMES.items() if hasattr(given, theirs)}
     if given.model_type != "gpt2":
-        fields |= {"rotary_dim": given.head_dim, "rotary_base": given.rope_parameters["rope_theta"]}
-        fields |= {"n_ctx": given.max_position_embeddings, "rotary_adjacent_pairs": False}
+        fields |= {
+            "rotary_dim": given.head_dim,
+            "rotary_base": given.rope_parameters["rope_theta"],
+            "n_ctx": given.max_position_embeddings,
+        }
     c = validated(cls.config_class, fields, f"{name}: ")
     # Whatever else changes what the model computes must have the value that we would write.
     wanted = hf_fields(cls, c) | {"sliding_window": None}

@@ -70,6 +70,7 @@ def canonical(model) -> dict:
     return values
 
 
+@torch.no_grad()
 def copy_parameters(source, target) -> None:
     """Copy every parameter of `source` to `target`: one is our model, the other Hugging Face's.
 
@@ -79,9 +80,8 @@ def copy_parameters(source, target) -> None:
     there = canonical(target)
     if alone := here.keys() ^ there.keys():
         raise UserError(f"{type(source).__name__} and {type(target).__name__} differ in {sorted(alone)[:8]}")
-    with torch.no_grad():
-        for key, x in there.items():
-            x.copy_(here[key])
+    for key, x in there.items():
+        x.copy_(here[key])
 
 
 # -----------------------------------------------------------------------------

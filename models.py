@@ -565,6 +565,7 @@ def load_file(path):
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
+@torch.no_grad()
 def compare_with_check(model: LanguageModel, checkpoint: Path) -> dict:
     """The run's check.json, or {} if it has none of this checkpoint.
 
@@ -578,8 +579,7 @@ def compare_with_check(model: LanguageModel, checkpoint: Path) -> dict:
     if checkpoint.stem != f"model_step_{check.get('step')}":
         return {}
     ids = torch.tensor(check["ids"])[None]  # (1, n_ctx + 1)
-    with torch.no_grad():
-        loss = model(ids[:, :-1], ids[:, 1:], return_logits=False)[1].item()
+    loss = model(ids[:, :-1], ids[:, 1:], return_logits=False)[1].item()
     if not math.isclose(loss, check["loss"], rel_tol=1e-3):
         raise ValueError(
             f"the model loaded from {checkpoint} is not the one that was trained: its loss on the ids in check.json is "

@@ -624,9 +624,9 @@ class Llama(LanguageModel):
     """Llama: RoPE, RMSNorm, SwiGLU, grouped key/value heads in one merged projection."""
 
     config_class = LlamaConfig
-    wte = property(lambda self: self.transformer["wte"])
-    h = property(lambda self: self.transformer["h"])
-    ln_f = property(lambda self: self.transformer["rms_f"])
+    wte = property(lambda self: self.transformer.wte)
+    h = property(lambda self: self.transformer.h)
+    ln_f = property(lambda self: self.transformer.rms_f)
 
     def build(self, config) -> None:
         # SPD keeps everything but lm_head in a ModuleDict, whose name is part of every parameter's name.

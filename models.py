@@ -236,7 +236,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         # The square overflows in float16 and loses digits in bfloat16.
-        h = x.to(torch.promote_types(x.dtype, torch.float32))
+        h = x.float()
         h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
         return self.weight * h.to(x.dtype)
 
@@ -304,7 +304,7 @@ def summed_loss(logits, targets):
 
     The only place that says what the loss is: LossInPieces differentiates this function.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.float()
     return F.cross_entropy(logits, targets, ignore_index=-1, reduction="sum")
 
 
@@ -330,7 +330,7 @@ class LossInPieces(torch.autograd.Function):
             # nanoGPT pads 50257 to 50304 for the same reason: other widths miss the fast kernels of tensor cores.
             w = F.pad(w, (0, 0, 0, -V % 64))
         # Sums over many rows need float32, also where the products are of bfloat16 or float16.
-        loss = hidden.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
+        loss = hidden.new_zeros((), dtype=torch.float32)
         grad_hidden = []
         grad_weight = torch.zeros_like(w, dtype=loss.dtype)
         for h, y in zip(hidden.to(dtype).split(rows), targets.split(rows)):

@@ -503,8 +503,8 @@ def open_windows(c, split: str, section: DatasetConfig, config_path: str) -> Tra
     """The windows of one split. Raises UserError if there are none."""
     data = Shards(section.folder(), split, config_path)
     if data.info:  # shards of other projects have no dataset.json
-        there, here = data.info["source"][split], asked(section)
-        if differ := differences(there, there | here):  # `there` has more keys, which a config does not tell
+        there = data.info["source"][split]  # it has more keys, which a config does not tell
+        if differ := differences(there, there | asked(section)):
             warnings.warn(f"{data.folder} was prepared from another config: {'; '.join(differ)}", stacklevel=2)
     return TrainingStream(data, section, c.seed)
 

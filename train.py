@@ -936,8 +936,7 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             else:
                 # One window of ids and the loss on it tell a reader whether the model it loads is the one trained here.
                 ids = to_tensor(val_windows.data.windows([0], val_windows.n_ctx), c, p)  # (1, T + 1)
-                with torch.no_grad():
-                    _, loss = model(ids[:, :-1], ids[:, 1:])
+                _, loss = model(ids[:, :-1], ids[:, 1:])
                 value = {"step": s, "val_loss": val_loss, "ids": ids[0].tolist(), "loss": loss.item()}
                 write_json(folder / "check.json", value)
                 log.upload(folder / "check.json")

@@ -499,14 +499,14 @@ class Log(contextlib.AbstractContextManager):
 # data: shards -> x, y
 
 
-def open_windows(c, split: str, section: DatasetConfig, config_path: str) -> TrainingStream:
-    """The windows of one split. Raises UserError if there are none."""
+def open_windows(split: str, section: DatasetConfig, seed: int, config_path: str) -> TrainingStream:
+    """The windows of one split. Raises UserError if there are none. seed: the run's, on which val does not depend."""
     data = Shards(section.folder(), split, config_path)
     if data.info:  # shards of other projects have no dataset.json
         there = data.info["source"][split]  # it has more keys, which a config does not tell
         if differ := differences(there, there | asked(section)):
             warnings.warn(f"{data.folder} was prepared from another config: {'; '.join(differ)}", stacklevel=2)
-    return TrainingStream(data, section, c.seed)
+    return TrainingStream(data, section, seed)
 
 
 def tokenizer_of(c, train: Shards, val: Shards) -> TextEncoder:
@@ -748,7 +748,7 @@ def validate(model, stream: TrainingStream, c, p, autocast, interrupt: Interrupt
     The windows are the same every time: spread evenly over the split, dealt to the ranks in turn.
     """
     n = min(stream.n_windows, c.val_max_steps * c.batch_size)
-    windows = (np.arange(n) * stream.n_windows // n + (c.val_dataset_config.seed or 0)) % stream.n_windows
+    windows = (np.arange(n) * stream.n_windows // n + stream.seed) % stream.n_windows
     total = torch.zeros((), device=p.device)  # the sum of the windows' mean losses
     for i in range(0, n, p.micro * p.world):
         if interrupt.agreed():
@@ -797,8 +797,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
                 delete_states(folder, c)  # the process may have been killed before it did this
                 print(f"{folder} holds this run, finished: nothing to do")
             return 0
-    train_windows = open_windows(c, "train", c.train_dataset_config, config_path)
-    val_windows = open_windows(c, "val", c.val_dataset_config, config_path)
+    train_windows = open_windows("train", c.train_dataset_config, c.seed, config_path)
+    val_windows = open_windows("val", c.val_dataset_config, 0, config_path)
     encoder = tokenizer_of(c, train_windows.data, val_windows.data)
     data = dict([train_windows.data.fingerprint(), val_windows.data.fingerprint()])  # name -> sha256
     # What the run's states depend on.

@@ -169,8 +169,7 @@ FREE_KEYS = {
 def load_config(path, overrides=()) -> Config:
     """The checked config of the YAML at `path` with key=value overrides. Raises UserError and writes nothing."""
     raw = read_config(path, overrides)
-    for split, section in dataset_configs(raw).items():
-        raw[f"{split}_dataset_config"] = section
+    raw["train_dataset_config"], raw["val_dataset_config"] = dataset_configs(raw).values()
     model = raw.get("model")
     name = model.get("model_type") if isinstance(model, dict) else None
     if name not in [*MODEL_CLASSES]:

@@ -558,11 +558,10 @@ def make_optimizers(model, c, device: torch.device) -> list:
     # Not the embeddings, which AdamW trains better.
     matrices = [w for w in model.h.parameters() if c.optimizer == "muon" and w.dim() == 2]
     adam = model.configure_optimizers(c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage, matrices)
-    optimizers = [adam]
-    if matrices:
-        # Its updates are scaled to the size of AdamW's, so that one learning rate fits both.
-        optimizers.append(torch.optim.Muon(matrices, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    return optimizers
+    if not matrices:
+        return [adam]
+    # Its updates are scaled to the size of AdamW's, so that one learning rate fits both.
+    return [adam, torch.optim.Muon(matrices, weight_decay=c.weight_decay, adjust_lr_fn="match_rms_adamw")]
 
 
 def apply_update(optimizers: list, scaler, model, lr: float, c):

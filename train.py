@@ -904,10 +904,10 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             loss = 0.0  # the mean over micro-batches and ranks
             micro_batches = next(train_batches).split(p.micro)  # (micro, T + 1) each
             n_micro = len(micro_batches)
-            for i, ids in enumerate(micro_batches, 1):
+            for ids in micro_batches:
                 # DDP sums gradients over the ranks once an update, with the last micro-batch.
                 if p.world > 1:
-                    trained.require_backward_grad_sync = i == n_micro
+                    trained.require_backward_grad_sync = ids is micro_batches[-1]
                 with autocast:
                     _, part_loss = trained(ids[:, :-1], ids[:, 1:], return_logits=False)
                 scaler.scale(part_loss / n_micro).backward()

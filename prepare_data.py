@@ -535,13 +535,16 @@ MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 256 * 4
 
 
 def read_record(folder: Path) -> dict:
-    """What `folder`/dataset.json holds, {} if there is none. UserError if it is damaged."""
+    """What `folder`/dataset.json holds, {} if there is none. UserError if it, or the tokenizer, is damaged."""
     path = folder / "dataset.json"
     if not path.exists():
         return {}
     with blame(f"{path} is damaged: delete {folder} and prepare it again"):
         record = json.loads(path.read_text())
-        return record | {"finished": record["finished"]}
+        # Once a shard is finished, the tokenizer is there, too.
+        if record["splits"]:
+            check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
+        return record
 
 
 def shard_length(path: Path) -> int:
@@ -566,9 +569,7 @@ class Shards:
         self.info = read_record(folder)
         self.entries = self.info.get("splits", {}).get(split, {}).get("shards", [])  # of dataset.json
         self.files = [folder / entry["file"] for entry in self.entries]
-        if self.info:
-            check_files(folder, [{"file": "tokenizer.json"} | self.info["tokenizer"]])
-        else:
+        if not self.info:
             # llm.c's or modded-nanogpt's: the split is a word of the name, so not retrieval_train_0.bin for val.
             named = re.compile(rf"([^.].*[^a-z])?{split}(idation)?([^a-z].*)?\.bin")
             self.files = sorted(p for p in folder.glob("*.bin") if named.fullmatch(p.name))
@@ -1129,7 +1130,6 @@ def found_in(folder: Path, here: dict) -> dict:
     there = record["source"]
     wanted = {split: there.get(split, {}) | about for split, about in here.items()}
     check_same(there, wanted, f"{folder} was prepared with another config (choose another path, or delete this one)")
-    check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
     if record["finished"]:
         print(f"{folder} is already prepared")
     else:

@@ -81,11 +81,9 @@ def read_config(path, overrides=()) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise UserError(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4")
-        # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
-        with blame(f"cannot read the value of {shown(override)} as YAML"):
+        with blame(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4"):
+            key, value = override.split("=", 1)
+            # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
             config = replaced(config, key.split("."), load_yaml(value))
     return two_sections(config) if "data" in config else config
 
@@ -287,7 +285,7 @@ PARAM_DECOMP_KEYS = {
 def two_sections(config: dict) -> dict:
     """A config with param-decomp's section `data` as one with the two sections that it means."""
     data = config.pop("data")
-    if not isinstance(data, dict) or not config.keys().isdisjoint(SECTIONS):
+    if not isinstance(data, dict) or config.keys() & SECTIONS:
         raise UserError(
             "data must be param-decomp's section, without train_dataset_config or val_dataset_config beside it"
         )

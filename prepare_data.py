@@ -84,16 +84,15 @@ def read_config(path, overrides=()) -> dict:
         with blame(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4"):
             key, value = override.split("=", 1)
             # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
-            config = replaced(config, key.split("."), load_yaml(value))
+            config = replaced(config, key, load_yaml(value))
     return two_sections(config) if "data" in config else config
 
 
-def replaced(section, keys: list[str], value):
-    """`section` with `value` at the path `keys`; sections that are missing are created."""
-    if not keys:
-        return value
+def replaced(section, key: str, value):
+    """`section` with `value` at `key`, such as "model.n_layer"; sections that are missing are created."""
+    first, dot, rest = key.partition(".")
     section = section if isinstance(section, dict) else {}
-    return section | {keys[0]: replaced(section.get(keys[0]), keys[1:], value)}
+    return section | {first: replaced(section.get(first), rest, value) if dot else value}
 
 
 def local(name) -> Path:

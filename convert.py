@@ -71,7 +71,7 @@ def canonical(model) -> dict:
 
 
 @torch.no_grad()
-def copy_parameters(source, target) -> None:
+def copy_parameters(source, target):
     """Copy every parameter of `source` to `target`: one is our model, the other Hugging Face's.
 
     Raises UserError if a parameter of either has no partner of its name and shape.
@@ -196,7 +196,7 @@ def hf_model(info: PretrainRunInfo):
     return hf
 
 
-def export_hf(info: PretrainRunInfo, folder: Path) -> None:
+def export_hf(info: PretrainRunInfo, folder: Path):
     """Write model and tokenizer to `folder` as Hugging Face's Auto classes load them, whole or not at all.
 
     Raises UserError if Hugging Face cannot express the model, or if there is something in `folder`.
@@ -294,7 +294,7 @@ def export_param_decomp(info: PretrainRunInfo, data_root: Path, name: str | None
 # the command line
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Write a run in the formats of others.")
     parser.add_argument("run", help="a run folder, a checkpoint or a W&B path")
     parser.add_argument("--step", type=int, help="the checkpoint after this many updates (default: the last)")

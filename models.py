@@ -188,7 +188,7 @@ class RotaryAttention(CausalSelfAttention):
         self.rotary_adjacent_pairs = config.rotary_adjacent_pairs
         self.compute_tables()
 
-    def compute_tables(self) -> None:
+    def compute_tables(self):
         """Set rotary_cos and rotary_sin (block_size, hs), float32: cos and sin of t / base^(2i / hs) for pair i."""
         hs = self.head_dim
         # Computed on the CPU, whatever the default device is, so that every device has the same numbers.
@@ -383,7 +383,7 @@ class LanguageModel(nn.Module):
         """n_layer blocks of a class; `args` follow the config in its arguments."""
         return nn.ModuleList(block(self.config, *args) for _ in range(self.config.n_layer))
 
-    def draw_weights(self, rng: torch.Generator) -> None:
+    def draw_weights(self, rng: torch.Generator):
         """N(0, 0.02), less for a projection that writes to the residual stream; biases 0."""
         for module in self.modules():
             shares_wte = module is self.lm_head and self.is_tied()
@@ -597,13 +597,13 @@ class GPT2Simple(LanguageModel):
 
     config_class = GPT2SimpleConfig
 
-    def build(self, config) -> None:
+    def build(self, config):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.build_blocks()
         self.ln_f = nn.LayerNorm(config.n_embd)
 
-    def build_blocks(self) -> None:
+    def build_blocks(self):
         self.h = self.blocks(GPT2Block, "", "o_proj", "down_proj")
 
     def embed(self, idx):
@@ -616,7 +616,7 @@ class GPT2(GPT2Simple):
     config_class = GPT2Config
     h = property(lambda self: self.h_torch)
 
-    def build_blocks(self) -> None:
+    def build_blocks(self):
         self.h_torch = self.blocks(GPT2Block, "qkv", "c_proj", "c_proj")
 
 
@@ -628,7 +628,7 @@ class Llama(LanguageModel):
     h = property(lambda self: self.transformer.h)
     ln_f = property(lambda self: self.transformer.rms_f)
 
-    def build(self, config) -> None:
+    def build(self, config):
         # SPD keeps everything but lm_head in a ModuleDict, whose name is part of every parameter's name.
         self.transformer = nn.ModuleDict(
             {
@@ -645,7 +645,7 @@ class LlamaSimple(LanguageModel):
     config_class = LlamaSimpleConfig
     mlp_class = SwiGLU
 
-    def build(self, config) -> None:
+    def build(self, config):
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = self.blocks(LlamaBlock, "", "o_proj", self.mlp_class)
         self.ln_f = RMSNorm(config.n_embd, config.rms_norm_eps)

@@ -149,7 +149,7 @@ def differences(there: dict, here: dict, ignored=(), begin="") -> list[str]:
     return [f"{k} {shown(there.get(k))} there, {shown(here.get(k))} here" for k in keys]
 
 
-def check_same(there: dict, here: dict, complaint: str, ignored=(), begin="") -> None:
+def check_same(there: dict, here: dict, complaint: str, ignored=(), begin=""):
     """UserError, which begins with `complaint` and names the keys, if two mappings do not agree."""
     if differ := differences(there, here, ignored, begin):
         raise UserError(f"{complaint}: {'; '.join(differ)}")
@@ -319,13 +319,13 @@ def whole_file(path: Path):
         part.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str):
     """Write a small file, whole or not at all."""
     with whole_file(path) as f:
         f.write(text.encode())
 
 
-def write_json(path: Path, value) -> None:
+def write_json(path: Path, value):
     """Write a small JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
@@ -610,7 +610,7 @@ class Shards:
         return out
 
 
-def check_files(folder: Path, entries: list[dict]) -> None:
+def check_files(folder: Path, entries: list[dict]):
     """UserError if a file in a prepared folder is missing, or not the one that its entry in dataset.json describes."""
     for entry in entries:
         path = folder / entry["file"]
@@ -977,7 +977,7 @@ def parse_rows(c: DatasetConfig, kind: str, vocab_size: int, rows):
 ENCODER: TextEncoder | None = None  # in a worker: its own, made by begin_work
 
 
-def begin_work(name: str, data: bytes, eos_token: str) -> None:
+def begin_work(name: str, data: bytes, eos_token: str):
     """In a new worker: make its encoder, and end when the parent is gone, even if it was killed."""
     global ENCODER
     # A worker that waits for work would otherwise wait forever once its parent is killed.
@@ -985,7 +985,7 @@ def begin_work(name: str, data: bytes, eos_token: str) -> None:
     ENCODER = gpt2_encoder(data) if name == "gpt2" else json_encoder(name, data, [eos_token])
 
 
-def end_with_parent() -> None:
+def end_with_parent():
     """End this worker at once when its parent does: nobody reads what it makes."""
     multiprocessing.parent_process().join()
     os._exit(1)
@@ -1046,7 +1046,7 @@ def start_workers(workers: int, encoder: TextEncoder) -> ProcessPoolExecutor:
     return pool
 
 
-def write_shards(folder: Path, split: str, source: Source, pool, workers: int, shard_tokens: int, record: dict) -> None:
+def write_shards(folder: Path, split: str, source: Source, pool, workers: int, shard_tokens: int, record: dict):
     """Encode what `record` does not list yet of a split into shards, and write dataset.json after each of them.
 
     A shard ends with the batch that brings it to `shard_tokens` or more: no document lies in two.
@@ -1135,7 +1135,7 @@ def found_in(folder: Path, here: dict) -> dict:
     return record
 
 
-def first_look(source: Source, vocab_size: int) -> None:
+def first_look(source: Source, vocab_size: int):
     """Check the first batch: a wrong column or kind of row is wrong from the start, and is found before the work."""
     c = source.section
     rows = next(batches(source), [[]])[0]
@@ -1163,7 +1163,7 @@ def open_all(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int)
     return folder, here, sources, encoder
 
 
-def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shard_tokens: int) -> None:
+def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shard_tokens: int):
     """Write the tokenizer and the shards of the splits in `sources`, or resume an interrupted preparation.
 
     dataset.json is written again after each shard. A kill leaves at most one shard that dataset.json does not list yet;
@@ -1201,7 +1201,7 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
 # other views of the shards
 
 
-def peek(data: Shards, n: int) -> None:
+def peek(data: Shards, n: int):
     """Print the first n documents of a split as a model sees them: the text of their ids."""
     tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
     # The first documents are in the first tokens; the rest of a large split is not read.
@@ -1212,7 +1212,7 @@ def peek(data: Shards, n: int) -> None:
         print(f"--- {data.split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
 
 
-def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool) -> None:
+def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool):
     """Write a split as a data store of param-decomp: the folder `store` with a data.parquet and a meta.json.
 
     The rows of input_ids are the tokens of the split, end to end, n_ctx - 1 in each: as many as the model reads. With
@@ -1268,7 +1268,7 @@ def count(text: str) -> int:
     raise ValueError
 
 
-def main() -> None:
+def main():
     parser = argparse.ArgumentParser(description="Text or tokens in, shards out.")
     parser.add_argument("config", help="the run's YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as train_dataset_config.name=my.txt")
@@ -1315,7 +1315,7 @@ def main() -> None:
         sys.exit(f"prepare_data: {e}")
 
 
-def interrupted(signum, frame) -> None:
+def interrupted(signum, frame):
     """End at once on Ctrl-C: files are whole, or hidden ones that the next start overwrites, and the workers end."""
     os.write(2, b"\nprepare_data: interrupted; the same command goes on after the last finished shard\n")
     os._exit(130)

@@ -317,7 +317,7 @@ def missing_files(folder: Path, listing: dict, step: int | None, weights: bool) 
     return [name for name in wanted if here.get(name) != sizes[name]]
 
 
-def receive(file, api, path: Path) -> None:
+def receive(file, api, path: Path):
     """Download one of W&B's files, whole or not at all. Raises UserError if it is not what W&B lists.
 
     The listed size bounds what is written. (The client's own `file.download` writes all that a server sends: 400 MB of
@@ -351,7 +351,7 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in text.splitlines(True) if line.endswith("\n")]
 
 
-def plot_losses(runs: dict[str, list[dict]], path: Path) -> None:
+def plot_losses(runs: dict[str, list[dict]], path: Path):
     """Draw the losses of {label: metrics} over updates, as PNG. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
 
@@ -447,7 +447,7 @@ def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
 # the command line
 
 
-def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
+def show(info: PretrainRunInfo, args: argparse.Namespace):
     """Print what was asked of one run."""
     if args.data is not None:
         tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
@@ -463,7 +463,7 @@ def show(info: PretrainRunInfo, args: argparse.Namespace) -> None:
         print(yaml.safe_dump(facts(info), sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
 
 
-def main() -> None:
+def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # an ASCII console shows what it cannot print as escapes
     parser = argparse.ArgumentParser(description="Show trained runs.")
     parser.add_argument("run", nargs="+", help="a run folder, a checkpoint or a W&B path")

@@ -261,7 +261,7 @@ def this_process(c, check: bool) -> Process:
     return Process(ranks.RANK, world, micro, device)
 
 
-def keep_freed_memory() -> None:
+def keep_freed_memory():
     """Let glibc keep freed memory for the next update, which matters on a CPU.
 
     By default glibc returns large blocks to the system. Getting them again, page by page, took 7 % of the quick
@@ -282,7 +282,7 @@ class Interrupt:
         for number in {signal.SIGTERM, signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGTERM)}:
             signal.signal(number, self.receive)
 
-    def receive(self, number, _frame) -> None:
+    def receive(self, number, _frame):
         now = time.monotonic()
         # One Ctrl-C may arrive twice, from the terminal and from torchrun. A second Ctrl-C is more than a second later.
         if number == signal.SIGINT and now - self.received_at > 1:
@@ -322,7 +322,7 @@ def new_folder(parent: Path) -> Path:
             time.sleep(0.1)
 
 
-def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_path: str) -> None:
+def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_path: str):
     """Write what a start depends on: the config, the tokenizer, the scripts as they run, and environment.json."""
     here, code = Path(__file__).resolve().parent, folder.resolve() / "code"
     if here != code:  # slurm_submit.sh has copied them already
@@ -385,13 +385,13 @@ class Log(contextlib.AbstractContextManager):
             # Line-buffered: every complete line is in the file, however the process ends.
             self.files[name] = open(path, "a", buffering=1, encoding="utf-8")
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind, error, trace):
         """Write the error that ended the run, whatever it was, to main.log, and set status to failed."""
         if error is not None and self.files:
             traceback.print_exception(error, file=self.files["main.log"])
             write_text(self.folder / "status", "failed\n")
 
-    def start_wandb(self) -> None:
+    def start_wandb(self):
         """Log to W&B, too; a resumed run goes on in the same W&B run."""
         import wandb
 
@@ -416,12 +416,12 @@ class Log(contextlib.AbstractContextManager):
         for name in SMALL_FILES:
             self.upload(self.folder / name)
 
-    def upload(self, path: Path) -> None:
+    def upload(self, path: Path):
         """Send a file, if it is there, to the root of the W&B run, where SPD looks for it."""
         if self.wandb and path.exists():
             self.wandb.save(path, base_path=path.parent, policy="now")
 
-    def upload_safetensors(self, model, s: int) -> None:
+    def upload_safetensors(self, model, s: int):
         """Send a LlamaSimpleMLP's last weights to W&B as safetensors, which param-decomp needs to load the run."""
         if not self.wandb or self.c.model.model_type != "LlamaSimpleMLP":
             return
@@ -434,13 +434,13 @@ class Log(contextlib.AbstractContextManager):
         except Exception as e:  # such as safetensors missing; the training is done, and must not count as failed
             self.say(f"no safetensors of the weights on W&B ({in_short(e)})")
 
-    def say(self, text: str) -> None:
+    def say(self, text: str):
         """Print a line to the console and to main.log."""
         if self.files:
             print(text)
             print(text, file=self.files["main.log"])
 
-    def write(self, name: str, line: dict) -> None:
+    def write(self, name: str, line: dict):
         """Append a JSON line to a file of the run folder, and log it to W&B."""
         if self.files:
             print(json.dumps(line), file=self.files[name])
@@ -448,7 +448,7 @@ class Log(contextlib.AbstractContextManager):
         if self.wandb:
             self.wandb.log(line)
 
-    def flush(self) -> None:
+    def flush(self):
         """Write the lines of the updates since the last flush. Raises UserError if one is not finite."""
         if not self.pending:
             return
@@ -476,12 +476,12 @@ class Log(contextlib.AbstractContextManager):
         self.pending = []
         self.update_seconds = seconds
 
-    def metrics(self, s: int, values: dict) -> None:
+    def metrics(self, s: int, values: dict):
         """Record {name: number} at step s in metrics.jsonl and on W&B. May be called anywhere in the loop."""
         self.flush()
         self.write("metrics.jsonl", {"step": s} | values)
 
-    def finish(self, code: int) -> None:
+    def finish(self, code: int):
         """The run ends with exit code 0 or INTERRUPTED: draw loss.png, end W&B's run, write the status last."""
         try:
             plot_losses({"": read_metrics(self.folder / "metrics.jsonl")}, self.folder / "loss.png")
@@ -608,7 +608,7 @@ def saved_steps(folder: Path) -> list[int]:
     return list(reversed(checkpoints_in(folder, "optim")))
 
 
-def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, with_optimizer: bool) -> None:
+def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, with_optimizer: bool):
     """Write model_step_s.pt and, if `with_optimizer`, optim_step_s.pt: the state that a run is resumed from.
 
     All ranks call this; rank 0 writes. States that no longer have a use are deleted.
@@ -648,7 +648,7 @@ def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, w
     delete_states(log.folder, log.c, newest=2)
 
 
-def delete_states(folder: Path, c, newest: int = 0) -> None:
+def delete_states(folder: Path, c, newest: int = 0):
     """Delete the files that are not to be kept of all states but the `newest` ones."""
     for s in saved_steps(folder)[newest:]:
         weights, optim = pair(folder, s)
@@ -712,7 +712,7 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
     return state | {"lines": NEW["lines"]}
 
 
-def restore(state: dict, model, optimizers: list, scaler) -> None:
+def restore(state: dict, model, optimizers: list, scaler):
     """Put a loaded state into model, optimizers and scaler; weight decay and betas stay those of the config."""
     model.load_state_dict(state["model"])
     for optimizer, its_state in zip(optimizers, state["optimizers"], strict=True):
@@ -723,7 +723,7 @@ def restore(state: dict, model, optimizers: list, scaler) -> None:
         scaler.load_state_dict(state["scaler"])
 
 
-def load_pretrained(model, path: str) -> None:
+def load_pretrained(model, path: str):
     """Copy the weights that from_pretrained finds at `path` into `model`. Raises UserError."""
     found = model.from_pretrained(path)
     # Comparing shapes is not enough: rotary_base, for example, changes the outputs but no shape.

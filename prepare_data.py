@@ -1201,15 +1201,12 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
 # other views of the shards
 
 
-def peek(data: Shards, n: int):
-    """Print the first n documents of a split as a model sees them: the text of their ids."""
+def peek(data: Shards, n_ctx: int, n: int):
+    """Print the first n windows of a split as a model reads them: the text of their ids."""
     tok = text_tokenizer((data.folder / "tokenizer.json").read_bytes())
-    # The first documents are in the first tokens; the rest of a large split is not read.
-    (tokens,) = data.windows([0], min(data.n_tokens, 1 << 24))
-    # No document begins after the last token.
-    starts = np.flatnonzero(tokens[:-1] == data.info["tokenizer"]["eos_token_id"]) + 1
-    for i, ids in enumerate(np.split(tokens, starts[:n])[:n], 1):
-        print(f"--- {data.split} document {i}: {len(ids)} ids\n{tok.decode(ids.tolist(), skip_special_tokens=False)}")
+    windows = data.windows(range(min(n, data.n_tokens // n_ctx)), n_ctx)
+    for i, ids in enumerate(windows.tolist()):
+        print(f"--- {data.split} window {i}\n{tok.decode(ids, skip_special_tokens=False)}")
 
 
 def export_parquet(store: Path, data: Shards, n_ctx: int, documents: bool):
@@ -1275,7 +1272,7 @@ def main():
     parser.add_argument("--workers", type=count, default=available_cpus(), help="processes (default: %(default)s)")
     parser.add_argument("--shard-tokens", type=count, default=100_000_000, help="tokens in a shard (default: 100M)")
     parser.add_argument("--verify", action="store_true", help="read again what was prepared, and name what is wrong")
-    parser.add_argument("--peek", type=count, metavar="N", help="print the first N documents of each split, decoded")
+    parser.add_argument("--peek", type=count, metavar="N", help="print the first N windows of each split, decoded")
     parser.add_argument("--parquet", type=local, metavar="DIR", help="write what was prepared as param-decomp's data")
     parser.add_argument("--documents", action="store_true", help="with --parquet: for pretraining there")
     args = parser.parse_intermixed_args()
@@ -1301,7 +1298,7 @@ def main():
                 check_files(shards.folder, shards.entries)
                 print(f"{shards.folder}: {split} is sound, {shards.n_tokens:,} tokens")
             if args.peek:
-                peek(shards, args.peek)
+                peek(shards, configs[split].n_ctx, args.peek)
             if args.parquet:
                 export_parquet(args.parquet.absolute() / split, shards, configs[split].n_ctx, args.documents)
         if data:

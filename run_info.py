@@ -414,7 +414,6 @@ def facts(info: PretrainRunInfo) -> dict:
     return {
         "model": type(model).__name__,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "in_blocks": sum(p.numel() for p in model.h.parameters()),
         "shape": info.model_config_dict,
         "run": str(info.folder),
         "status": status.read_text().strip() if status.exists() else None,

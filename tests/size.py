@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = "models.py", "prepare_data.py", "train.py", "run_info.py", "convert.py"
-NODES = 18_400  # of the syntax trees of all scripts, operators and contexts left out. The design's goal is 17,500
+NODES = 17_500  # of the syntax trees of all scripts, operators and contexts left out
 NODES_A_LINE, LINES_A_COMMENT, LINES_A_FUNCTION, LINES_OF_MAIN, DEPTH = 8, 8, 80, 220, 4
 LINES = {"README.md": 260, "slurm_submit.sh": 80, "tests/*.py": 4000}
 UNCOUNTED = ast.expr_context, ast.operator, ast.cmpop, ast.boolop, ast.unaryop

@@ -219,18 +219,18 @@ def test_eos_of_tokenizer_config(here, eos):
 
 
 def test_peek(here, capsys):
-    """The first documents as the model will see them: special tokens shown, text that looks like one as its text."""
+    """The first windows as the model will read them: special tokens shown, text that looks like one as its text."""
     docs = ["one <|endoftext|> and [EOS] 🙂", "two\r\nlines", "", "three"]
-    sections = config({"hf_tokenizer_path": "bpe.json"}, {"split": "train[-1:]"})
-    write_files(here, {"bpe.json": BPE, "docs.jsonl": jsonl(docs), "config.yaml": sections})
+    n_ctx = sum(map(len, encoded(docs[:3], BPE)))
+    sections = config({"hf_tokenizer_path": "bpe.json", "n_ctx": n_ctx}, {"split": "train[-4:]", "n_ctx": n_ctx})
+    # train has two windows and "three", val the last of them
+    write_files(here, {"bpe.json": BPE, "docs.jsonl": jsonl(docs[:3] + docs), "config.yaml": sections})
     prepare()
-    ids = encoded(docs, BPE)
-    shown = [f"--- train document {i}: {len(ids[i - 1])} ids\n{docs[i - 1]}<|endoftext|>\n" for i in (1, 2)]
-    shown += [f"--- val document 1: {len(ids[2])} ids\nthree<|endoftext|>\n"]
-    prepare_here("--peek", 2)
-    assert capsys.readouterr().out == "".join(shown)
-    prepare_here("--peek", 99)
-    assert capsys.readouterr().out.count("--- train document") == 3
+    window = f"{docs[0]}<|endoftext|>{docs[1]}<|endoftext|>\n"
+    shown = [f"--- {split} window {i}\n{window}" for split, i in (("train", 0), ("train", 1), ("val", 0))]
+    for n, expected in (99, shown), (1, [shown[0], shown[2]]):
+        prepare_here("--peek", n)
+        assert capsys.readouterr().out == "".join(expected)
     assert "\\U0001f642" in prepare("--peek", "1", env={"PYTHONIOENCODING": "ascii"}).stdout
 
 

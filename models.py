@@ -173,8 +173,8 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             att = q @ k.mT / math.sqrt(self.head_dim)  # (B, nh, T, T)
-            mask = nn.Transformer.generate_square_subsequent_mask(att.shape[-1], att.device, att.dtype)
-            y = self.softmax(att + mask) @ v
+            future = torch.ones_like(att, dtype=torch.bool).triu(1)
+            y = self.softmax(att.masked_fill(future, float("-inf"))) @ v
         return getattr(self, self.out)(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
@@ -434,7 +434,7 @@ class LanguageModel(nn.Module):
         the logits. Raises ValueError for a sequence longer than block_size and, on a CPU, for a token id outside the
         vocabulary (a GPU would have to wait for that check).
         """
-        T = idx.shape[-1]
+        _, T = idx.shape
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens is longer than block_size ({self.config.block_size})")
         try:
@@ -552,12 +552,13 @@ class LanguageModel(nn.Module):
 
 def untied_weights(model) -> dict:
     """The weights as param-decomp's safetensors hold them: float32, and the tied weight once, as wte.weight."""
-    return {name: w.detach().float().contiguous() for name, w in model.named_parameters()}
+    twice = "lm_head.weight" if model.is_tied() else None
+    return {name: w.float().contiguous() for name, w in model.state_dict().items() if name != twice}
 
 
 def load_file(path):
     """What torch.save or `untied_weights` (in a .safetensors) wrote to `path`, on the CPU. Raises if it is damaged."""
-    if path.suffix == ".safetensors":
+    if Path(path).suffix == ".safetensors":
         from safetensors.torch import load_file as load_safetensors
 
         weights = load_safetensors(path)

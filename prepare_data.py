@@ -76,14 +76,16 @@ def load_yaml(text: str):
 
 def read_config(path, overrides=()) -> dict:
     """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
-    with blame(f"cannot read the config {path} as YAML"):
+    with blame(f"cannot read the config {path}"):
         config = load_yaml(local(path).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
     for override in overrides:
-        with blame(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4"):
-            key, value = override.split("=", 1)
-            # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise UserError(f"{shown(override)} is not an override: write key=value, such as model.n_layer=4")
+        # The value is YAML as in the file: 3, null, [1, 2] and true mean the same in both.
+        with blame(f"cannot read the value of {shown(override)} as YAML"):
             config = replaced(config, key, load_yaml(value))
     return two_sections(config) if "data" in config else config
 
@@ -1141,7 +1143,7 @@ def first_look(source: Source, vocab_size: int):
     rows = next(batches(source), [[]])[0]
     parsed = list(parse_rows(c, source.kind, vocab_size, rows))
     if not any(map(len, parsed)) and len(rows) < 1024:
-        raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
+        raise UserError(f"{c.name} holds no text in split {c.split}")
     inline = "\n".join(parsed).count(SEPARATOR.decode()) if source.kind == ".txt" else 0
     if inline:
         print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")

@@ -934,7 +934,8 @@ def main(config_path: str, overrides, check: bool = False) -> int:
             else:
                 # One window of ids and the loss on it tell a reader whether the model it loads is the one trained here.
                 ids = to_tensor(val_windows.data.windows([0], val_windows.n_ctx), c, p)  # (1, T + 1)
-                _, loss = model(ids[:, :-1], ids[:, 1:])
+                with torch.no_grad():  # as its readers do: a fork's loss may have terms for training alone
+                    _, loss = model(ids[:, :-1], ids[:, 1:])
                 value = {"step": s, "val_loss": val_loss, "ids": ids[0].tolist(), "loss": loss.item()}
                 write_json(folder / "check.json", value)
                 log.upload(folder / "check.json")

@@ -223,7 +223,6 @@ def test_peek(here, capsys):
     docs = ["one <|endoftext|> and [EOS] 🙂", "two\r\nlines", "", "three"]
     n_ctx = sum(map(len, encoded(docs[:3], BPE)))
     sections = config({"hf_tokenizer_path": "bpe.json", "n_ctx": n_ctx}, {"split": "train[-4:]", "n_ctx": n_ctx})
-    # train has two windows and "three", val the last of them
     write_files(here, {"bpe.json": BPE, "docs.jsonl": jsonl(docs[:3] + docs), "config.yaml": sections})
     prepare()
     window = f"{docs[0]}<|endoftext|>{docs[1]}<|endoftext|>\n"

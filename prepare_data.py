@@ -480,7 +480,7 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
     """tiktoken's gpt2: the ids of the hub's gpt2, several times faster. data: its tokenizer.json, if known."""
     import tiktoken
     from tiktoken.load import read_file_cached
-    from tokenizers import ByteLevelBPETokenizer
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     files = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     with blame(
@@ -491,7 +491,9 @@ def gpt2_encoder(data: bytes = b"") -> TextEncoder:
             # The hub's tokenizer.json of gpt2 is made of these same two files.
             vocab = json.loads(read_file_cached(f"{files}encoder.json"))
             merges = read_file_cached(f"{files}vocab.bpe").decode().splitlines()[1:]
-            tok = ByteLevelBPETokenizer(vocab, [tuple(line.split()) for line in merges])
+            tok = Tokenizer(models.BPE(vocab, [tuple(line.split()) for line in merges]))
+            tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+            tok.decoder = decoders.ByteLevel()
             tok.add_special_tokens(["<|endoftext|>"])
             data = tok.to_str().encode()
 

@@ -451,29 +451,29 @@ def text_tokenizer(data: bytes):
     spec = json.loads(data) | TEXT_ONLY
     model = spec["model"]
     model.pop("dropout", None)  # it would leave out merges at random
-    text = json.dumps(spec)
     if "merges" not in model or model.get("ignore_merges"):
-        text = hide_special_words(spec)
-    tok = Tokenizer.from_str(text)
+        spec = hide_special_words(spec)
+    tok = Tokenizer.from_str(json.dumps(spec))
     # Added tokens that are special are matched before the model sees the text, unless this is set.
     tok.encode_special_tokens = True
     return tok
 
 
-def hide_special_words(spec: dict) -> str:
-    """The JSON of a tokenizer that looks words up, with special tokens renamed: '</s>' would be one of its words.
+def hide_special_words(spec: dict) -> dict:
+    """Rename special tokens for a model that looks words up: '</s>' would be one of its words.
 
     (A BPE with merges cannot produce such words.) The decoder removes the added part of the name again.
     """
-    spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # decodes as a tokenizer without a decoder does
-    replace = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
-    spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec["decoder"] or spaces]}
     text = json.dumps(spec)
     for token in spec["added_tokens"]:
         if token["special"]:
             # Also in the model's vocabulary, and as its unk_token.
             text = text.replace(json.dumps(token["content"]), json.dumps(HIDDEN + token["content"]))
-    return text
+    spec = json.loads(text)
+    spaces = {"type": "WordPiece", "prefix": HIDDEN, "cleanup": False}  # decodes as a tokenizer without a decoder does
+    replace = {"type": "Replace", "pattern": {"String": HIDDEN}, "content": ""}
+    spec["decoder"] = {"type": "Sequence", "decoders": [replace, spec["decoder"] or spaces]}
+    return spec
 
 
 def gpt2_encoder(data: bytes = b"") -> TextEncoder:

@@ -448,7 +448,7 @@ def text_tokenizer(data: bytes):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the workers are ours, a batch of documents each
     from tokenizers import Tokenizer
 
-    spec = json.loads(data) | TEXT_ONLY
+    spec = json.loads(data.decode()) | TEXT_ONLY
     model = spec["model"]
     model.pop("dropout", None)  # it would leave out merges at random
     if "merges" not in model or model.get("ignore_merges"):
@@ -543,7 +543,7 @@ def read_record(folder: Path) -> dict:
     with blame(f"{path} is damaged: delete {folder} and prepare it again"):
         record = json.loads(path.read_text())
         # Once a shard is finished, the tokenizer is there, too.
-        if record["splits"]:
+        if record["finished"] or record["splits"]:
             check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
         return record
 
@@ -717,14 +717,14 @@ class Source:
     section: DatasetConfig
     kind: str  # of READERS
     parts: list  # files, or streams
-    version: tuple = ()  # what `datasets` found (the hub's addresses hold the commit), and when files on disk changed
+    files: tuple = ()  # what `datasets` found: the hub's addresses hold the commit
     wanted: range = range(sys.maxsize)  # the rows of the split that are asked for
 
     def rows(self, place=START):
         """Yield (place, (name of the part, number, raw)) of each row of the split after `place`."""
         read, first, last = place
         for i, part in enumerate(self.parts[first:], first):
-            name = f"{self.section.name}, part {i}" if self.kind == "stream" else part
+            name = f"{self.section.name}, part {i}" if self.kind == "stream" else str(part)
             with blame(f"cannot read {name}"), opened(part) as f:
                 for number, raw in READERS[self.kind](f, self.section.column_name):
                     if (i, number) <= (first, last):
@@ -914,7 +914,6 @@ def open_source(c: DatasetConfig) -> Source:
         )
     else:
         source = Source(c, kinds.pop(), files)
-    source.version += tuple(path.stat().st_mtime_ns for path in files)
     total = sys.maxsize
     if re.search("[%-]", "".join(bounds)):
         # A percentage, or a distance from the end. The rows are counted: what a dataset's card says may be untrue.
@@ -1188,7 +1187,8 @@ def prepare(folder: Path, here: dict, sources: dict, encoder, workers: int, shar
         "eos_token_id": encoder.eos_token_id,
     }
     # Shards must not mix two versions of a source, which may have the same size.
-    at_start = {"tokenizer": tokenizer, "modified": digest([source.version for source in sources.values()])}
+    versions = [(s.files, [p.stat().st_mtime_ns for p in files_named(s.section)]) for s in sources.values()]
+    at_start = {"tokenizer": tokenizer, "modified": digest(versions)}
     record = record or {"source": here, **at_start, "splits": {}, "finished": False}
     check_same(record, record | at_start, f"the source or the tokenizer changed since the start (delete {folder})")
     write_json(folder / "dataset.json", record)  # before all other files: it marks the folder as prepared here
@@ -1294,7 +1294,7 @@ def main():
                 data[split] = Shards(c.folder(), split, args.config)
                 if not data[split].info:  # nothing says what encoded the shards
                     raise UserError(f"{c.folder()} has no dataset.json: it was not prepared here")
-            if args.parquet:
+            if args.peek or args.parquet:
                 TrainingStream(data[split], c, seed=0)  # raises if there is not even one window
         for split, shards in data.items():
             if args.verify:

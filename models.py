@@ -241,19 +241,15 @@ class RMSNorm(nn.RMSNorm):
         return self.weight * h.to(x.dtype)
 
 
-class MLP(nn.Module):
-    """out(gelu(c_fc(x))); `out` is the name of the second projection."""
+class MLP(nn.Sequential):
+    """out(gelu(c_fc(x))): its modules in the order of their names here; `out` is the name of the second projection."""
 
     def __init__(self, n_embd: int, n_intermediate: int, bias: bool, out: str = "down_proj"):
         super().__init__()
-        self.out = out
         self.c_fc = nn.Linear(n_embd, n_intermediate, bias=bias)
         self.gelu = nn.GELU(approximate="tanh")
         self.add_module(out, nn.Linear(n_intermediate, n_embd, bias=bias))
         getattr(self, out).writes_residual = True
-
-    def forward(self, x):
-        return getattr(self, self.out)(self.gelu(self.c_fc(x)))
 
 
 class SwiGLU(nn.Module):

@@ -700,10 +700,7 @@ class TrainingStream:
 # -----------------------------------------------------------------------------
 # sources: rows in a fixed order
 
-SEPARATOR = b"<|endoftext|>"
-SEPARATORS = "in a .txt, documents are separated by lines that hold only <|endoftext|>"
-
-
+SEPARATOR = b"<|endoftext|>"  # alone in a line of a .txt
 START = (0, 0, 0)  # the place before the first row
 
 
@@ -1063,7 +1060,7 @@ def write_shards(folder: Path, split: str, source: Source, pool, workers: int, s
     # A batch is read and submitted when its task is taken from this generator.
     tasks = ((after, pool.submit(encode_rows, source.section, source.kind, rows)) for rows, after in read)
     under_way = deque(itertools.islice(tasks, 2 * workers))
-    with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=1 if sys.stderr.isatty() else 30) as bar:
+    with tqdm(desc=split, unit=" tokens", unit_scale=True, mininterval=5) as bar:
         while under_way:
             path = folder / f"{split}_{len(shards):06d}.bin"
             counts = Counter()
@@ -1147,7 +1144,10 @@ def first_look(source: Source, vocab_size: int):
         raise UserError(f"{c.name} holds no text in split {c.split}")
     inline = "\n".join(parsed).count(SEPARATOR.decode()) if source.kind == ".txt" else 0
     if inline:
-        print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
+        print(
+            f"note: {c.name} has <|endoftext|> {inline:,} times within a line; in a .txt, documents are separated by "
+            "lines that hold only <|endoftext|>"
+        )
 
 
 def open_all(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> tuple | None:

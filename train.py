@@ -692,8 +692,11 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
     # If this run was interrupted, its own state is newer than the one it branched from.
     for s in saved_steps(folder) if folder else []:
         if state := load_pair(folder, s):
-            complaint = f"{folder}'s state after update {s} is of a run of another config (choose another run_dir)"
-            check_same(state["identity"], identity, complaint)
+            check_same(
+                state["identity"],
+                identity,
+                f"{folder}'s state after update {s} belongs to a run of another config (choose another run_dir)",
+            )
             return state
         print(f"the state after update {s} is corrupted: trying an earlier one", file=sys.stderr)
     if c.branch_from is None:
@@ -705,8 +708,13 @@ def load_state(c, folder: Path | None, identity: dict) -> dict:
             f"branch_from {folder} has no whole state after update {c.branch_step}, only after {saved_steps(folder)}: "
             "with keep_optimizer a finished run keeps the states of its checkpoints"
         )
-    complaint = "a branch must have branch_from's shapes and order of data"
-    check_same(state["identity"], identity, complaint, {"model.flash_attention", "model.rotary_dim"}, BRANCH_SHARES)
+    check_same(
+        state["identity"],
+        identity,
+        "a branch must have branch_from's shapes and order of data",
+        ignored={"model.flash_attention", "model.rotary_dim"},
+        begin=BRANCH_SHARES,
+    )
     return state | {"lines": NEW["lines"]}
 
 
@@ -728,8 +736,12 @@ def load_pretrained(model, path: str):
     free = {"flash_attention", "rotary_dim"}
     if hasattr(found.config, "n_ctx"):
         free |= {"block_size", "n_ctx"}  # RoPE serves any length
-    complaint = f"the weights of {path} do not fit the model of this config"
-    check_same(asdict(found.config), asdict(model.config), complaint, free)
+    check_same(
+        asdict(found.config),
+        asdict(model.config),
+        f"the weights of {path} do not fit the model of this config",
+        free,
+    )
     model.load_state_dict(found.state_dict())
 
 
@@ -786,8 +798,12 @@ def main(config_path: str, overrides, check: bool = False) -> int:
     folder = local(c.run_dir) if c.run_dir else None
     parent = local(c.output_dir or out_dir() / "target_models")  # of a new run
     if folder and (folder / "final_config.yaml").exists():
-        complaint = f"{c.run_dir} holds a run of another config (choose another run_dir)"
-        check_same(read_config(folder / "final_config.yaml"), config_dict(c), complaint, FREE_KEYS)
+        check_same(
+            read_config(folder / "final_config.yaml"),
+            config_dict(c),
+            f"{c.run_dir} holds a run of another config (choose another run_dir)",
+            FREE_KEYS,
+        )
         if not check and (folder / "status").read_text() == "finished\n":
             if p.rank == 0:
                 delete_states(folder, c)  # the process may have been killed before it did this

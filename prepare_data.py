@@ -76,7 +76,7 @@ def load_yaml(text: str):
 
 def read_config(path, overrides=()) -> dict:
     """The YAML mapping at `path` with overrides ["key.key=value", ...] applied. UserError if it cannot be read."""
-    with blame(f"cannot read the config {path}"):
+    with blame(f"cannot read {path} as a YAML config"):
         config = load_yaml(local(path).read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise UserError(f"the config {path} must hold a mapping of keys to values")
@@ -700,7 +700,8 @@ class TrainingStream:
 # -----------------------------------------------------------------------------
 # sources: rows in a fixed order
 
-SEPARATOR = b"<|endoftext|>"  # alone in a line of a .txt
+SEPARATOR = b"<|endoftext|>"
+SEPARATORS = "in a .txt, documents are separated by lines that hold only <|endoftext|>"
 START = (0, 0, 0)  # the place before the first row
 
 
@@ -836,13 +837,15 @@ def open_tables(c: DatasetConfig, split: str, files: list[Path]) -> Source:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs as an error, it also raises
     datasets.config.TORCH_AVAILABLE = False  # it would import torch, which has no use here
-    name, data_files = c.name, None
+    name = c.name
+    data_files = None
     folder = local(c.name).absolute()
     # A folder is named by its whole path: `datasets` would take the name parquet for a file format.
     if folder.is_dir():
         name = str(folder)
     elif files:
-        name, data_files = str(files[0].parent), [glob.escape(str(file)) for file in files]
+        name = str(files[0].parent)
+        data_files = [glob.escape(str(file)) for file in files]
     elif name in builders:
         raise UserError(f"{name} is not a dataset but a file format of `datasets`: name the files themselves")
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
@@ -1141,13 +1144,10 @@ def first_look(source: Source, vocab_size: int):
     rows = next(batches(source), [[]])[0]
     parsed = list(parse_rows(c, source.kind, vocab_size, rows))
     if not any(map(len, parsed)) and len(rows) < 1024:
-        raise UserError(f"{c.name} holds no text in split {c.split}")
+        raise UserError(f"{c.name} holds no text in split {c.split}; {SEPARATORS}")
     inline = "\n".join(parsed).count(SEPARATOR.decode()) if source.kind == ".txt" else 0
     if inline:
-        print(
-            f"note: {c.name} has <|endoftext|> {inline:,} times within a line; in a .txt, documents are separated by "
-            "lines that hold only <|endoftext|>"
-        )
+        print(f"note: {c.name} has <|endoftext|> {inline:,} times within a line; {SEPARATORS}")
 
 
 def open_all(folder: Path, configs: dict[str, DatasetConfig], shard_tokens: int) -> tuple | None:

@@ -433,7 +433,8 @@ def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
     """Texts that begin with the prompt; each ends with its document, or after SAMPLE_TOKENS more tokens."""
     import torch
 
-    tok, eos = info.load_tokenizer(), info.eos_token_id
+    tok = info.load_tokenizer()
+    eos = info.eos_token_id
     args.sample.encode()  # raises ValueError for bytes that are no text
     ids = tok.encode(args.sample).ids or [eos]  # EOS is what stands before a document
     idx = torch.tensor([ids] * args.n)  # (n, T)
@@ -449,7 +450,8 @@ def sample(info: PretrainRunInfo, args: argparse.Namespace) -> list[str]:
 def show(info: PretrainRunInfo, args: argparse.Namespace):
     """Print what was asked of one run."""
     if args.data is not None:
-        tok, seen = info.load_tokenizer(), data_of_update(info, args.data)
+        tok = info.load_tokenizer()
+        seen = data_of_update(info, args.data)
         for position, window, shard, offset, tokens in zip(*seen.values()):
             print(f"--- position {position}: window {window}, {shard} from token {offset}")
             print(tok.decode(tokens.tolist(), skip_special_tokens=False))

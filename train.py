@@ -322,7 +322,8 @@ def new_folder(parent: Path) -> Path:
 
 def record_start(folder: Path, c, p, encoder: TextEncoder, data: dict, config_path: str):
     """Write what a start depends on: the config, the tokenizer, the scripts as they run, and environment.json."""
-    here, code = Path(__file__).resolve().parent, folder.resolve() / "code"
+    here = Path(__file__).resolve().parent
+    code = folder.resolve() / "code"
     if here != code:  # slurm_submit.sh has copied them already
         code.mkdir(exist_ok=True)
         for path in (*here.glob("*.py"), *here.glob("*.sh"), local(config_path)):

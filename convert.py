@@ -46,7 +46,7 @@ MERGED = {".c_attn.": (".q_proj.", ".k_proj.", ".v_proj."), ".kv_attn.": (".k_pr
 def canonical(model) -> dict:
     """{(name in LlamaSimple's spelling, shape): values, (out, in)} of every parameter, ours or Hugging Face's.
 
-    They are views, but for q and k of ours with adjacent pairs: such a model is never the target (see our_config).
+    They are views, except for copies of q and k with adjacent pairs: only models without such pairs are written to.
     """
     c = model.config
     values = {}

@@ -242,7 +242,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 class MLP(nn.Sequential):
-    """out(gelu(c_fc(x))): its modules in the order of their names here; `out` is the name of the second projection."""
+    """out(gelu(c_fc(x))): the modules run in the order in which they are added. `out` names the second projection."""
 
     def __init__(self, n_embd: int, n_intermediate: int, bias: bool, out: str = "down_proj"):
         super().__init__()
@@ -498,12 +498,12 @@ class LanguageModel(nn.Module):
     def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, zero_stage: int = 0, without=()):
         """AdamW of all parameters that require a gradient, with decay on tensors of two dimensions or more.
 
-        zero_stage 1 shards its state over the ranks of the process group, where there is one. `without`: parameters
-        that another optimizer trains. Raises ValueError for zero_stage 2 and 3.
+        zero_stage 1 shards its state over the ranks of the process group, where there is one. `without`: the set of
+        parameters that another optimizer trains. Raises ValueError for zero_stage 2 and 3.
         """
         if zero_stage not in (0, 1):
             raise ValueError(f"zero_stage {zero_stage} is not supported: 0 keeps all optimizer state, 1 shards it")
-        params = [p for p in self.parameters() if p.requires_grad and p not in set(without)]
+        params = [p for p in self.parameters() if p.requires_grad and p not in without]
         # train.py sets the learning rate of all groups alike, before each update.
         groups = [
             {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},

@@ -542,7 +542,7 @@ def read_record(folder: Path) -> dict:
         return {}
     with blame(f"{path} is damaged: delete {folder} and prepare it again"):
         record = json.loads(path.read_text())
-        # Once a shard is finished, the tokenizer is there, too.
+        # The tokenizer is written before the first shard.
         if record["finished"] or record["splits"]:
             check_files(folder, [{"file": "tokenizer.json"} | record["tokenizer"]])
         return record

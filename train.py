@@ -169,7 +169,7 @@ def load_config(path, overrides=()) -> Config:
     """The checked config of the YAML at `path` with key=value overrides. Raises UserError and writes nothing."""
     raw = read_config(path, overrides)
     raw["train_dataset_config"], raw["val_dataset_config"] = dataset_configs(raw).values()
-    # The class that model_type names knows the valid keys. Where it names none, Config's union says so.
+    # The class that model_type names knows the valid keys. If it names no class, validated(Config, ...) says so.
     model = raw.get("model")
     if isinstance(model, dict) and model.get("model_type") in [*MODEL_CLASSES]:
         raw["model"] = validated(MODEL_CLASSES[model["model_type"]].config_class, model, "model.")
@@ -379,7 +379,7 @@ class Log(contextlib.AbstractContextManager):
         for name in ("main.log", *lines) if p.rank == 0 else ():
             path = folder / name
             if name in lines and path.exists():
-                # A resumed run writes the lines again that came after its state.
+                # Only the lines that the state counts are kept: a resumed run writes the later ones again.
                 write_text(path, "".join(path.read_text().splitlines(keepends=True)[: lines[name]]))
             # Line-buffered: every complete line is in the file, however the process ends.
             self.files[name] = open(path, "a", buffering=1, encoding="utf-8")
@@ -498,10 +498,10 @@ class Log(contextlib.AbstractContextManager):
 
 
 def open_windows(split: str, section: DatasetConfig, seed: int, config_path: str) -> TrainingStream:
-    """The windows of one split. Raises UserError if there are none. seed: the run's, on which val does not depend."""
+    """The windows of one split. `seed` is added to the section's own. Raises UserError if there are no windows."""
     data = Shards(section.folder(), split, config_path)
     if data.info:  # shards of other projects have no dataset.json
-        there = data.info["source"][split]  # it has more keys, which a config does not tell
+        there = data.info["source"][split]  # some of its keys, such as file sizes, are in no config
         if differ := differences(there, there | asked(section)):
             warnings.warn(f"{data.folder} was prepared from another config: {'; '.join(differ)}", stacklevel=2)
     return TrainingStream(data, section, seed)
@@ -556,7 +556,9 @@ def make_optimizers(model, c, device: torch.device) -> list:
     """[AdamW], or [AdamW, Muon for the matrices inside blocks]."""
     # Not the embeddings, which AdamW trains better.
     matrices = [w for w in model.h.parameters() if c.optimizer == "muon" and w.dim() == 2]
-    adam = model.configure_optimizers(c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage, matrices)
+    adam = model.configure_optimizers(
+        c.weight_decay, c.learning_rate, c.betas, device.type, c.zero_stage, without=set(matrices)
+    )
     if not matrices:
         return [adam]
     # Its updates are scaled to the size of AdamW's, so that one learning rate fits both.
@@ -648,7 +650,7 @@ def save(log: Log, s: int, p, model, optimizers: list, scaler, identity: dict, w
 
 
 def delete_states(folder: Path, c, newest: int = 0):
-    """Delete the files that are not to be kept of all states but the `newest` ones."""
+    """Delete the files of all states that are not to be kept, except the `newest` states."""
     for s in saved_steps(folder)[newest:]:
         weights, optim = pair(folder, s)
         is_kept = is_checkpoint(s, c)
